@@ -115,6 +115,7 @@ def test_equal_classes_are_kept_together(reading):
         close(tied, tied[:1].expand(4), 1e-15)
 
 
+@pytest.mark.pitfall(10)
 @readings
 @pytest.mark.parametrize('temperature', [0., .05])
 @settings(max_examples=30, deadline=None)
@@ -127,6 +128,7 @@ def test_10_the_mask_is_permutation_equivariant(reading, temperature, seed, perm
     else: close(permuted, plain, 1e-15)      # a vectorised sigmoid rounds differently in the last lanes of a row
 
 
+@pytest.mark.pitfall(10)
 @readings
 @targets
 @remainders
@@ -251,6 +253,7 @@ def test_a_shared_best_class_makes_all_of_them_targets():
 MASKS = {'soft': soft_mask(), 'hard': (soft_mask(seed=5) > .5).double()}
 
 
+@pytest.mark.pitfall(3, 12)
 @targets
 @remainders
 @pytest.mark.parametrize('mask', MASKS)
@@ -267,6 +270,7 @@ def test_03_12_value_and_gradients_equal_a_naive_float64_reference(target, remai
     if mask == 'soft': close(ours[2], naive[2])
 
 
+@pytest.mark.pitfall(12)
 def test_12_by_hand():
     p, q = WORDS, torch.tensor([[.10, .20, .05, .10, .25, .10, .15, .05]], dtype=torch.float64)
     mask = clip_mask(p, .95, .05)       # a, cat, sat, moon: P = 0.89, Q = 0.65
@@ -281,6 +285,7 @@ def test_12_by_hand():
     close(got['none', 'bucket'], S - .40*math.log(2) + .51*math.log(.51/.55))
 
 
+@pytest.mark.pitfall(12)
 def test_12_as_printed_is_negative_where_the_student_exceeds_the_teacher():
     p, q = torch.tensor([[.6, .3, .1]], dtype=torch.float64), torch.tensor([[.2, .2, .6]], dtype=torch.float64)
     only_last = torch.tensor([[0., 0., 1.]])
@@ -288,6 +293,7 @@ def test_12_as_printed_is_negative_where_the_student_exceeds_the_teacher():
     for remainder in ('renormalise', 'bucket'): assert subset_kl(q.log(), p.log(), only_last, 'none', remainder) >= 0
 
 
+@pytest.mark.pitfall(12)
 def test_12_a_negative_loss_keeps_its_gradient():
     zq, zp = torch.tensor([[0., 0., 1.5]]).double().requires_grad_(), torch.tensor([[2., 1., 0.]]).double()
     only_last = torch.tensor([[0., 0., 1.]])
@@ -298,6 +304,7 @@ def test_12_a_negative_loss_keeps_its_gradient():
     close(zq.grad[0], P * (zq.detach().softmax(-1)[0] - torch.tensor([0., 0., 1.])))
 
 
+@pytest.mark.pitfall(12)
 @targets
 @pytest.mark.parametrize('mask', MASKS)
 def test_12_gradient_as_printed_is_cross_entropy_to_the_renormalised_teacher_times_kept_mass(target, mask):
@@ -312,6 +319,7 @@ def test_12_gradient_as_printed_is_cross_entropy_to_the_renormalised_teacher_tim
     close(z.grad, P * (zq.softmax(-1) - kept / P))
 
 
+@pytest.mark.pitfall(12)
 @pytest.mark.parametrize('target', ['once', 'none', 'twice'])
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10**6), sharpness=st.floats(.1, 8), hard=st.booleans())
@@ -323,6 +331,7 @@ def test_12_bucket_lies_between_zero_and_the_full_kl(target, seed, sharpness, ha
     assert (value >= -1e-13).all() and (value <= full * (1 + 1e-13) + 1e-13).all()
 
 
+@pytest.mark.pitfall(12)
 @targets
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10**6), sharpness=st.floats(.1, 8))
@@ -331,6 +340,7 @@ def test_12_renormalise_is_never_negative(target, seed, sharpness):
     assert (subset_kl(log_probs(zq), log_probs(zp), soft_mask(4, 8, seed), target, 'renormalise') >= -1e-13).all()
 
 
+@pytest.mark.pitfall(12)
 @remainders
 def test_12_keeping_everything_is_the_full_kl(remainder):
     zq, zp = pair()
@@ -340,12 +350,14 @@ def test_12_keeping_everything_is_the_full_kl(remainder):
     close(value, full); close(z.grad, z2.grad)
 
 
+@pytest.mark.pitfall(12)
 def test_12_the_bucket_never_counts_the_target_twice():
     (zq, zp), mask = pair(), torch.ones(5, 9)
     close(subset_kl(log_probs(zq), log_probs(zp), mask, 'twice', 'bucket'), forward_kl(zq, zp))
     close(subset_kl(log_probs(zq), log_probs(zp), soft_mask(), 'twice', 'bucket'), subset_kl(log_probs(zq), log_probs(zp), soft_mask(), 'once', 'bucket'))
 
 
+@pytest.mark.pitfall(12)
 def test_12_the_bucket_holds_the_student_to_the_mass_of_the_tail_and_renormalise_does_not():
     zp = torch.tensor([[3., 2., 0., 0., 0.]]).double()
     mask = torch.tensor([[1., 1., 0., 0., 0.]])
@@ -357,6 +369,7 @@ def test_12_the_bucket_holds_the_student_to_the_mass_of_the_tail_and_renormalise
     close(subset_kl(log_probs(zq), log_probs(zp), mask, 'once', 'bucket'), [0.])
 
 
+@pytest.mark.pitfall(12)
 def test_12_clamping_the_loss_at_zero_is_not_done():
     zq, zp = pair(200, 9)
     values = DACKL(NoClip(), classes='dense')(log_probs(zq), log_probs(zp))[0]
@@ -364,6 +377,7 @@ def test_12_clamping_the_loss_at_zero_is_not_done():
 
 
 # ------------------------------------------------------------------------------------------------ edges
+@pytest.mark.pitfall(8)
 @targets
 @remainders
 @readings
@@ -380,6 +394,7 @@ def test_08_extreme_logits_give_finite_value_and_gradients(target, remainder, re
     if soft: assert all(w.grad.isfinite().all() for w in sub.parameters())
 
 
+@pytest.mark.pitfall(8)
 def test_08_extreme_values_are_right_not_only_finite():
     zp, zq = torch.tensor([[500., -500., -500.]]), torch.tensor([[-500., 500., -400.]])
     only_target = torch.zeros(1, 3)
@@ -391,6 +406,7 @@ def test_08_extreme_values_are_right_not_only_finite():
     close(subset_kl(log_probs(zq.double()), log_probs(zp.double()), tail, 'none', 'renormalise'), [450 - math.log(2)])
 
 
+@pytest.mark.pitfall(11)
 @targets
 @pytest.mark.parametrize('teacher', [[0., -torch.inf, -torch.inf], [500., -500., -500.], [1., 2., 3.]])
 @pytest.mark.parametrize('student', [[0., -torch.inf, -torch.inf], [500., -500., -500.], [1., 2., 3.]])
@@ -403,6 +419,7 @@ def test_11_bucket_is_safe_where_nothing_or_everything_is_kept(target, teacher, 
     if teacher == student: assert abs(value.item()) < 1e-6 and z.grad.abs().max() < 1e-6
 
 
+@pytest.mark.pitfall(11)
 @targets
 @remainders
 def test_11_student_equal_to_teacher_gives_zero(target, remainder):
@@ -415,6 +432,7 @@ def test_11_student_equal_to_teacher_gives_zero(target, remainder):
     else: assert z.grad.abs().max() > .01       # the printed sum has a gradient even at equality: it pulls towards the clipped teacher
 
 
+@pytest.mark.pitfall(15)
 @remainders
 def test_15_an_empty_set_gives_zero_with_a_graph(remainder):
     z = pair()[0].requires_grad_()
@@ -424,6 +442,7 @@ def test_15_an_empty_set_gives_zero_with_a_graph(remainder):
     close(value, torch.zeros(5), 1e-15); close(z.grad, torch.zeros(5, 9), 1e-15)
 
 
+@pytest.mark.pitfall(15)
 @readings
 def test_15_no_tokens_at_all_gives_zero_with_a_graph(reading):
     z = torch.zeros(0, 9, requires_grad=True)
@@ -442,6 +461,7 @@ def test_log_mass_keeps_digits_where_one_minus_the_mass_cancels():
     assert 1 - x[0, 0].exp() == 0          # the other way is lost in float32
 
 
+@pytest.mark.pitfall(14)
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 @targets
 @remainders
@@ -460,6 +480,7 @@ def test_14_padding_the_vocabulary_changes_nothing(dtype, target, remainder, cli
     assert (pg[:, 9:] == 0).all()
 
 
+@pytest.mark.pitfall(14)
 def test_14_padding_the_vocabulary_changes_nothing_for_the_learned_clip_with_topk_input():
     zq, zp = pair(5, 9)
     pad = lambda x: torch.nn.functional.pad(x, (0, 4), value=-torch.inf)
@@ -471,6 +492,7 @@ def test_14_padding_the_vocabulary_changes_nothing_for_the_learned_clip_with_top
 
 
 # ------------------------------------------------------------------------------------------------ precision
+@pytest.mark.pitfall(9)
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @readings
 @remainders
@@ -485,6 +507,7 @@ def test_09_low_precision_inputs_are_upcast(dtype, reading, remainder):
     assert clip_mask(log_p.exp(), .9, .1, reading).dtype == torch.float32
 
 
+@pytest.mark.pitfall(9)
 @pytest.mark.parametrize('inputs', ['full', 'topk'])
 def test_09_autocast_does_not_round_the_limits(inputs):
     q, p = (x.softmax(-1) for x in pair(4, 40, dtype=torch.float32))
@@ -592,6 +615,7 @@ def test_limits_in_the_wrong_order_are_refused():
 
 
 # ------------------------------------------------------------------------------------------------ gradients through the whole loss
+@pytest.mark.pitfall(4, 27)
 @readings
 @remainders
 @pytest.mark.parametrize('hidden_layers', [0, 1])
@@ -723,6 +747,7 @@ def test_a_combination_that_keeps_nothing_is_refused():
     with pytest.raises(ValueError, match='keeps no class'): DACKL(NoClip(), target='none', classes='target')
 
 
+@pytest.mark.pitfall(12)
 def test_12_f_sub_alone_closes_the_clip_under_the_bucket_and_goes_negative_as_printed():
     # neither model moves, so the fall of the loss is the collapse of the limits
     g = torch.Generator().manual_seed(1)

@@ -34,6 +34,7 @@ def logits_of(model, batch):
 
 # --- pitfalls
 
+@pytest.mark.pitfall(14)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pitfall_14_more_padding_columns_change_nothing(side):
     narrow = collate(PAIRS, 0, side)
@@ -46,6 +47,7 @@ def test_pitfall_14_more_padding_columns_change_nothing(side):
         assert torch.equal(labels(wide)[:len(labels(narrow))], labels(narrow))
         assert supervised(wide)[:3].sum() == supervised(narrow).sum()
 
+@pytest.mark.pitfall(17)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pitfall_17_no_pair_of_supervised_rows_crosses_a_border(side):
     "Supervised rows of a sequence are contiguous, start at its last prompt token and end before EOS: no pad, no other prompt token."
@@ -56,6 +58,7 @@ def test_pitfall_17_no_pair_of_supervised_rows_crosses_a_border(side):
         assert real[where].all() and ids[where[0]] == prompt[-1]
         assert ids[where + 1].tolist() == response
 
+@pytest.mark.pitfall(18)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pitfall_18_poisoned_logits_change_only_the_term_of_the_next_token(side):
     batch = collate(PAIRS, 0, side)
@@ -70,11 +73,13 @@ def test_pitfall_18_poisoned_logits_change_only_the_term_of_the_next_token(side)
             next_is_response = t + 1 < logits.shape[1] and bool(batch.response_mask[b, t + 1])
             assert changed == ([order.index([b, t])] if next_is_response else [])
 
+@pytest.mark.pitfall(18)
 def test_pitfall_18_first_response_token_supervised_prompt_not_after_eos_not():
     batch = collate([([11, 12], [21, 2])], 0, width=7)
     assert supervised(batch).tolist() == [[False, True, True, False, False, False, False]]
     assert labels(batch).tolist() == [21, 2]
 
+@pytest.mark.pitfall(19)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pitfall_19_pad_equal_to_eos_keeps_the_closing_eos(side):
     eos = 2
@@ -83,6 +88,7 @@ def test_pitfall_19_pad_equal_to_eos_keeps_the_closing_eos(side):
     assert labels(with_eos).tolist() == [21, 2, 22, 23, 2, 24] == labels(other).tolist()
     assert with_eos.attention_mask.sum(1).tolist() == [5, 4, 3]  # the closing EOS is attended, later pads are not
 
+@pytest.mark.pitfall(20)
 def test_pitfall_20_cut_after_the_first_of_several_stop_ids():
     assert cut_at_stop([5, 6, 9, 7, 2, 8], [2, 9]) == [5, 6, 9]
     assert cut_at_stop([5, 6, 2, 2], {9, 2}) == [5, 6, 2]
@@ -90,6 +96,7 @@ def test_pitfall_20_cut_after_the_first_of_several_stop_ids():
     assert cut_at_stop([5, 6], [2, 9]) == [5, 6] and cut_at_stop([], [2]) == [] and cut_at_stop([5], []) == [5]
     assert cut_at_stop([5, 9, 2], iter([2, 9])) == [5, 9]
 
+@pytest.mark.pitfall(21)
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pitfall_21_position_ids_make_padded_logits_equal_the_unpadded(kind, side):
@@ -102,6 +109,7 @@ def test_pitfall_21_position_ids_make_padded_logits_equal_the_unpadded(kind, sid
         batch.position_ids = torch.arange(9).expand(3, 9)
         assert (logits_of(model, batch) - padded)[batch.attention_mask.bool()].abs().max() > 0.1
 
+@pytest.mark.pitfall(22)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pitfall_22_every_response_token_counts_whatever_the_prompt_length(side):
     pairs = [([1] * p, [2] * r) for p in (1, 2, 7) for r in (1, 3, 6)]
@@ -109,6 +117,7 @@ def test_pitfall_22_every_response_token_counts_whatever_the_prompt_length(side)
     assert supervised(batch).sum(1).tolist() == [len(r) for _, r in pairs]
     assert len(labels(batch)) == sum(len(r) for _, r in pairs) and (labels(batch) == 2).all()
 
+@pytest.mark.pitfall(23)
 @every_tokenizer
 @pytest.mark.parametrize("limit", [8, 12, 20])
 def test_pitfall_23_truncation_keeps_the_end_of_the_template_and_a_response_token(tokenizer, limit):
@@ -119,6 +128,7 @@ def test_pitfall_23_truncation_keeps_the_end_of_the_template_and_a_response_toke
         assert len(e.prompt_ids) == limit and e.prompt_ids[1:] == end
         assert len(e.response_ids) == max_tokens - limit and tokenizer.eos_token_id not in e.response_ids
 
+@pytest.mark.pitfall(23)
 @every_tokenizer
 def test_pitfall_23_a_response_that_fits_ends_with_eos(tokenizer):
     e = encode(PARIS, tokenizer)
@@ -129,6 +139,7 @@ def test_pitfall_23_a_response_that_fits_ends_with_eos(tokenizer):
     empty = encode(Example("2", "Say nothing.", references=("",)), tokenizer)
     assert empty.response_ids == [tokenizer.eos_token_id]
 
+@pytest.mark.pitfall(24)
 @every_tokenizer
 @pytest.mark.parametrize("limit", [10, 400])
 def test_pitfall_24_same_special_tokens_in_training_and_evaluation(tokenizer, limit):
@@ -141,6 +152,7 @@ def test_pitfall_24_same_special_tokens_in_training_and_evaluation(tokenizer, li
     assert [i for i in e.response_ids if i in special] == [tokenizer.eos_token_id]
     assert encode(PARIS, tokenizer, max_prompt_tokens=limit, max_tokens=limit + 1).prompt_ids == e.prompt_ids
 
+@pytest.mark.pitfall(24)
 def test_pitfall_24_a_chat_template_with_bos_does_not_double_it():
     tokenizer = byte_level(bos=True)
     tokenizer.chat_template = CHAT

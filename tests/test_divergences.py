@@ -42,6 +42,7 @@ def close(a, b, tol=1e-12): torch.testing.assert_close(torch.as_tensor(a, dtype=
 logit_rows = st.integers(2, 8).flatmap(lambda v: st.tuples(*[st.lists(st.floats(-30, 30), min_size=v, max_size=v)] * 2))
 
 
+@pytest.mark.pitfall(1)
 @ALL
 @settings(max_examples=60, deadline=None)
 @given(rows=logit_rows)
@@ -53,6 +54,7 @@ def test_01_divergences_are_nonnegative_and_zero_at_equality(name, rows):
     assert abs(f(p + 7., p)) <= 1e-13          # a shift of all logits is no change
 
 
+@pytest.mark.pitfall(1)
 @ALL
 def test_01_unequal_distributions_are_apart(name):
     assert DIVERGENCES[name](Q3, P3) > .04
@@ -65,6 +67,7 @@ def test_01_forward_kl_is_not_the_cross_entropy():
     assert entropy > .7
 
 
+@pytest.mark.pitfall(2)
 @pytest.mark.parametrize('f, options, by_hand', [
     (forward_kl, {}, 3/4*LN3 - 3/8*LN2),
     (reverse_kl, {}, 5/4*LN2 - 1/4*LN3),
@@ -83,6 +86,7 @@ def test_02_direction_by_a_hand_computed_example(f, options, by_hand):
     close(f(Q3, P3, **options), by_hand)
 
 
+@pytest.mark.pitfall(3)
 @pytest.mark.parametrize('name, options', CASES)
 def test_03_value_and_gradient_equal_a_naive_float64_reference(name, options):
     q, p = pair(4, 5, 11)
@@ -90,6 +94,7 @@ def test_03_value_and_gradient_equal_a_naive_float64_reference(name, options):
     for ours, reference in zip(grad(DIVERGENCES[name], q, p, **options), grad(naive, q, p)): close(ours, reference)
 
 
+@pytest.mark.pitfall(3)
 @pytest.mark.parametrize('name, options', CASES)
 def test_03_from_log_probs_is_the_same_function(name, options):
     q, p = pair(6, 9)
@@ -97,6 +102,7 @@ def test_03_from_log_probs_is_the_same_function(name, options):
     assert torch.equal(f.from_log_probs(log_probs(q), log_probs(p), **options), f(q, p, **options))
 
 
+@pytest.mark.pitfall(4)
 @ALL
 def test_04_gradient_reaches_the_student_and_not_the_teacher(name):
     q, p = (x.requires_grad_() for x in pair(3, 7))
@@ -105,12 +111,14 @@ def test_04_gradient_reaches_the_student_and_not_the_teacher(name):
     assert (q.grad.abs().sum(-1) > 1e-3).all()
 
 
+@pytest.mark.pitfall(4)
 @pytest.mark.parametrize('name', ['forward_kl', 'reverse_kl', 'skew_forward_kl', 'skew_reverse_kl'])
 def test_04_swapping_student_and_teacher_changes_the_loss(name):
     f = DIVERGENCES[name]
     assert abs(f(Q3, P3) - f(P3, Q3)) > 1e-3
 
 
+@pytest.mark.pitfall(4)
 @pytest.mark.parametrize('name', ['symmetric_kl', 'tvd', 'jsd'])
 def test_04_symmetric_losses_keep_the_value_and_not_the_gradient_when_swapped(name):
     f = DIVERGENCES[name]
@@ -118,6 +126,7 @@ def test_04_symmetric_losses_keep_the_value_and_not_the_gradient_when_swapped(na
     assert (grad(f, Q3, P3)[1] - grad(f, P3, Q3)[1]).abs().max() > 1e-3
 
 
+@pytest.mark.pitfall(5)
 def test_05_jsd_beta_weighs_the_teacher_in_the_mixture():
     # opposite certainties: m = (beta, 1 - beta), so KL(p||m) = -ln beta and KL(q||m) = -ln(1 - beta)
     p, q = torch.tensor([0., -1e3], dtype=torch.float64), torch.tensor([-1e3, 0.], dtype=torch.float64)
@@ -128,6 +137,7 @@ def test_05_jsd_beta_weighs_the_teacher_in_the_mixture():
     close(jsd(Q3, P3), jsd(P3, Q3))
 
 
+@pytest.mark.pitfall(5)
 def test_05_jsd_limits_are_forward_and_reverse_kl():
     q, p = pair(20, 6, scale=1.)
     gap = lambda b: ((jsd(q, p, beta=b) / b - forward_kl(q, p)).abs().max(), (jsd(q, p, beta=1-b) / b - reverse_kl(q, p)).abs().max())
@@ -135,12 +145,14 @@ def test_05_jsd_limits_are_forward_and_reverse_kl():
     assert max(gap(1e-4)) < 1e-2 * max(gap(1e-1))
 
 
+@pytest.mark.pitfall(5)
 @pytest.mark.parametrize('f, option', [(jsd, 'beta'), (skew_forward_kl, 'alpha'), (skew_reverse_kl, 'alpha')])
 @pytest.mark.parametrize('weight', [0., 1., -.1, 1.5, math.nan])
 def test_05_mixture_weight_outside_the_open_interval_is_refused(f, option, weight):
     with pytest.raises(ValueError, match='strictly between 0 and 1'): f(Q3, P3, **{option: weight})
 
 
+@pytest.mark.pitfall(6)
 def test_06_skew_kl_is_a_kl_to_a_mixture_not_a_mixture_of_kls():
     a = .1
     assert abs(skew_forward_kl(Q3, P3) - (1-a) * forward_kl(Q3, P3)) > .05
@@ -150,11 +162,13 @@ def test_06_skew_kl_is_a_kl_to_a_mixture_not_a_mixture_of_kls():
     for f in (skew_forward_kl, skew_reverse_kl): close(f(q, p, alpha=.25), -math.log(.25))
 
 
+@pytest.mark.pitfall(6)
 def test_06_skew_default_alpha_is_distillms():
     close(skew_forward_kl(Q3, P3), skew_forward_kl(Q3, P3, alpha=.1))
     close(skew_reverse_kl(Q3, P3), skew_reverse_kl(Q3, P3, alpha=.1))
 
 
+@pytest.mark.pitfall(6)
 @settings(max_examples=100, deadline=None)
 @given(rows=logit_rows, w=st.floats(.01, .99))
 def test_06_log_mixture_is_the_log_of_the_mixture(rows, w):
@@ -162,6 +176,7 @@ def test_06_log_mixture_is_the_log_of_the_mixture(rows, w):
     close(log_mixture(a, b, w), (w * a.exp() + (1-w) * b.exp()).log())
 
 
+@pytest.mark.pitfall(7)
 @settings(max_examples=100, deadline=None)
 @given(rows=logit_rows, w=st.floats(.01, .99))
 def test_07_bounds_of_the_bounded_losses(rows, w):
@@ -171,6 +186,7 @@ def test_07_bounds_of_the_bounded_losses(rows, w):
     assert skew_forward_kl(q, p, alpha=w) <= -math.log(w) + eps and skew_reverse_kl(q, p, alpha=w) <= -math.log(w) + eps
 
 
+@pytest.mark.pitfall(7)
 def test_07_bounds_are_reached_by_disjoint_distributions():
     p, q = torch.tensor([500., -500.]), torch.tensor([-500., 500.])
     assert tvd(q, p) == 1
@@ -188,6 +204,7 @@ EXTREME = {
 }
 
 
+@pytest.mark.pitfall(8)
 @ALL
 @pytest.mark.parametrize('case', EXTREME)
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -198,6 +215,7 @@ def test_08_extreme_logits_give_finite_value_and_gradient(name, case, dtype):
     assert (gradient[q == -torch.inf] == 0).all()
 
 
+@pytest.mark.pitfall(8)
 def test_08_extreme_values_are_right_not_only_finite():
     p, q = torch.tensor([500., -500.]), torch.tensor([-500., 500.])
     assert forward_kl(q, p) == reverse_kl(q, p) == symmetric_kl(q, p) == 1000
@@ -205,10 +223,12 @@ def test_08_extreme_values_are_right_not_only_finite():
     assert NAIVE['forward_kl'](q.softmax(-1), p.softmax(-1)).isnan()      # what the textbook formula does
 
 
+@pytest.mark.pitfall(8)
 def test_08_a_nan_logit_is_not_hidden():
     assert forward_kl(torch.tensor([1., torch.nan]), torch.tensor([1., 2.])).isnan()
 
 
+@pytest.mark.pitfall(9)
 @ALL
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_09_low_precision_logits_are_upcast_before_the_softmax(name, dtype):
@@ -220,6 +240,7 @@ def test_09_low_precision_logits_are_upcast_before_the_softmax(name, dtype):
     assert torch.equal(value, exact) and torch.equal(gradient, exact_gradient.to(dtype))
 
 
+@pytest.mark.pitfall(9)
 def test_09_the_upcast_matters():
     q, p = (x.bfloat16() for x in pair(4, 300))
     late = forward_kl.from_log_probs(q.log_softmax(-1), p.log_softmax(-1)).float()
@@ -227,6 +248,7 @@ def test_09_the_upcast_matters():
     assert (late - reference).abs().max() > 100 * (forward_kl(q, p) - reference).abs().max()
 
 
+@pytest.mark.pitfall(9)
 @ALL
 def test_09_float64_stays_float64(name): assert DIVERGENCES[name](*pair(2, 3)).dtype == torch.float64
 
@@ -238,6 +260,7 @@ def test_09_nan_to_num_would_not_have_helped():
     assert grad(forward_kl, p, p)[1].tolist() == [0, 0]
 
 
+@pytest.mark.pitfall(10)
 @ALL
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), permutation=st.permutations(range(9)))
@@ -249,12 +272,14 @@ def test_10_permuting_the_vocabulary_changes_nothing(name, seed, permutation):
     close(permuted_value, value, 1e-13); close(permuted_gradient, gradient[:, permutation], 1e-13)
 
 
+@pytest.mark.pitfall(10)
 @ALL
 def test_10_permuting_only_one_side_is_noticed(name):
     f = DIVERGENCES[name]
     assert abs(f(Q3.flip(0), P3) - f(Q3, P3)) > 1e-2
 
 
+@pytest.mark.pitfall(11)
 @ALL
 @pytest.mark.parametrize('row', [[1., 2., 3.], [500., -500., 0.], [0., -torch.inf, 1.], [0., 0., 0.]])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
@@ -265,6 +290,7 @@ def test_11_student_equal_to_teacher_gives_zero_and_zero_gradient(name, row, dty
     assert abs(value) <= tol and gradient.abs().max() <= tol
 
 
+@pytest.mark.pitfall(14)
 @ALL
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 def test_14_padding_the_vocabulary_changes_nothing(name, dtype):
@@ -278,6 +304,7 @@ def test_14_padding_the_vocabulary_changes_nothing(name, dtype):
     assert (padded_gradient[:, 6:] == 0).all()
 
 
+@pytest.mark.pitfall(14)
 @ALL
 def test_14_more_padded_columns_change_nothing(name):
     q, p = pair(2, 3, 5)
@@ -288,12 +315,14 @@ def test_14_more_padded_columns_change_nothing(name):
     close(masked_mean(f(more(q), more(p)), mask_more), masked_mean(f(q, p), mask))
 
 
+@pytest.mark.pitfall(14)
 def test_14_the_mean_is_over_supervised_tokens():
     values, mask = torch.arange(12.).view(3, 4), torch.zeros(3, 4, dtype=torch.bool)
     mask[0, 1] = mask[2, 3] = mask[2, 2] = True
     assert masked_mean(values, mask) == (1 + 11 + 10) / 3
 
 
+@pytest.mark.pitfall(15)
 def test_15_without_supervised_tokens_zero_with_a_graph():
     q, p = pair(2, 3, 4)
     q.requires_grad_()
@@ -303,6 +332,7 @@ def test_15_without_supervised_tokens_zero_with_a_graph():
     assert torch.equal(q.grad, torch.zeros_like(q))
 
 
+@pytest.mark.pitfall(15)
 def test_15_an_empty_selection_gives_zero_with_a_graph():
     values = torch.zeros(0, requires_grad=True)
     loss = masked_mean(values, torch.zeros(0, dtype=torch.bool))
@@ -310,6 +340,7 @@ def test_15_an_empty_selection_gives_zero_with_a_graph():
     loss.backward()
 
 
+@pytest.mark.pitfall(15)
 @ALL
 def test_15_a_fully_masked_row_among_others_contributes_nothing(name):
     q, p = pair(3, 2, 4)
@@ -319,6 +350,7 @@ def test_15_a_fully_masked_row_among_others_contributes_nothing(name):
     close(value, DIVERGENCES[name](q[[0, 2]], p[[0, 2]]).mean())
 
 
+@pytest.mark.pitfall(15)
 def test_15_nan_at_masked_positions_reaches_neither_value_nor_gradient():
     values = torch.tensor([1., torch.nan, 5., torch.inf], requires_grad=True)
     loss = masked_mean(values, torch.tensor([True, False, True, False]))

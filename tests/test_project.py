@@ -155,12 +155,14 @@ def test_every_requirement_is_used():
 
 # ---- notebooks
 
+@pytest.mark.pitfall(44)
 def test_no_executed_copy_lies_between_the_notebooks():
     "Pitfall 44: a copy carries the `default_exp` of its original and would replace the module."
     stray = [p.relative_to(ROOT).as_posix() for p in NBS.rglob('*.ipynb')
              if p not in COMPONENTS and p.name not in OTHERS and '.ipynb_checkpoints' not in p.parts]
     assert not stray, f'{stray}: runs belong in runs/'
 
+@pytest.mark.pitfall(45)
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_kernelspec_has_name_and_language(path):
     "Pitfall 45: papermill needs both."
@@ -196,6 +198,7 @@ def train():
     assert path.exists(), 'nbs/train.ipynb is missing'
     return read(path)
 
+@pytest.mark.pitfall(41)
 def test_train_notebook_has_one_parameters_cell(train):
     "Pitfall 41: without the tag papermill injects above the defaults and silently runs with them."
     tagged = [c for c in train.cells if 'parameters' in c.metadata.get('tags', [])]
@@ -211,6 +214,7 @@ def test_train_notebook_is_not_executed_by_nbdev_test(train):
     first = train.cells[0]
     assert first.cell_type == 'raw' and re.search(r'^skip_exec:\s*true$', first.source, re.M), 'no skip_exec front matter'
 
+@pytest.mark.pitfall(41)
 def test_nbdev_clean_changes_no_notebook_and_keeps_the_parameters_tag(tmp_path):
     shutil.copy(ROOT/'pyproject.toml', tmp_path)
     shutil.copytree(NBS, tmp_path/'nbs', ignore=shutil.ignore_patterns('.*'))

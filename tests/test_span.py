@@ -141,6 +141,7 @@ def test_aligned_tokens_spell_their_phrases(tokenizer):
 
 # --- finder
 
+@pytest.mark.pitfall(17)
 @every_tokenizer
 def test_pitfall_17_special_tokens_are_in_no_span(tokenizer):
     eos, part = tokenizer.eos_token_id, ids_of("The old mill in the valley", tokenizer)
@@ -227,6 +228,7 @@ def test_distance_by_hand_and_shape(relation):
     d = span_distance(q.log(), p.log(), relation)
     assert d.shape == (1,) and abs(d.item() - expected) < 1e-6
 
+@pytest.mark.pitfall(11)
 @every_relation
 def test_pitfall_11_gradient_finite_at_equality(relation):
     for z in (torch.randn(6, 20), torch.zeros(6, 20), 500 * torch.randn(6, 20)):
@@ -235,6 +237,7 @@ def test_pitfall_11_gradient_finite_at_equality(relation):
         d.sum().backward()
         assert d.abs().max() < 1e-3 and log_q.grad.isfinite().all()
 
+@pytest.mark.pitfall(8)
 @every_relation
 def test_pitfall_8_extreme_rows_have_finite_value_and_gradient(relation):
     z = torch.tensor([[500., -500, 0, 0], [-500, 500, 0, -1e4], [0, 0, 500, 500]])
@@ -243,16 +246,19 @@ def test_pitfall_8_extreme_rows_have_finite_value_and_gradient(relation):
     d = span_distance(log_q, log_p, relation); d.sum().backward()
     assert d.isfinite().all() and log_q.grad.isfinite().all()
 
+@pytest.mark.pitfall(10)
 @every_relation
 def test_pitfall_10_permuting_the_vocabulary_changes_nothing(relation):
     log_q, log_p = rows(6); order = torch.randperm(11)
     assert torch.allclose(span_distance(log_q, log_p, relation), span_distance(log_q[:, order], log_p[:, order], relation))
 
+@pytest.mark.pitfall(14)
 @every_relation
 def test_pitfall_14_vocabulary_padding_changes_nothing(relation):
     log_q, log_p = rows(6); pad = torch.nn.functional.pad
     assert torch.allclose(span_distance(log_q, log_p, relation), span_distance(pad(log_q, (0, 5), value=-1e4), pad(log_p, (0, 5), value=-1e4), relation))
 
+@pytest.mark.pitfall(4)
 @every_relation
 def test_pitfall_4_gradient_reaches_the_student_only_through_its_rows(relation):
     log_q, log_p = rows(4, sharp=3)
@@ -261,6 +267,7 @@ def test_pitfall_4_gradient_reaches_the_student_only_through_its_rows(relation):
     touched = log_q.grad.abs().sum(-1) > 0
     assert touched.tolist() == [False, True, True, False]
 
+@pytest.mark.pitfall(15)
 def test_pitfall_15_no_spans_give_zero_with_a_graph():
     log_q, log_p = rows(3); log_q.requires_grad_()
     for loss in (span_loss(log_q, log_p, []), span_loss(log_q, log_p, [(0, 1)])):

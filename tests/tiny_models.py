@@ -1,0 +1,31 @@
+"Tiny random language models, one of each architecture that the library promises, and the tokenizer that fits them. No download, milliseconds."
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
+from toy_tokenizers import byte_level
+
+KINDS = ("gpt2", "opt", "llama")
+BOS, EOS, PAD = 0, 1, 2     # the ids of `byte_level`
+
+def tiny_config(kind, layers=2, vocab=60, width=16, positions=128):
+    "GPT-2 and OPT have learned absolute positions and dropout, LLaMA has rotary ones, grouped heads and an untied head."
+    ids = dict(vocab_size=vocab, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    if kind == "gpt2": return GPT2Config(n_positions=positions, n_embd=width, n_layer=layers, n_head=2, **ids)
+    if kind == "opt":
+        return OPTConfig(max_position_embeddings=positions, hidden_size=width, word_embed_proj_dim=width, ffn_dim=2 * width, num_hidden_layers=layers,
+                         num_attention_heads=2, **ids)
+    assert kind == "llama", kind
+    return LlamaConfig(max_position_embeddings=positions, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2,
+                       num_key_value_heads=1, tie_word_embeddings=False, **ids)
+
+def tiny_model(kind, layers=2, vocab=60, width=16, dtype=torch.float32, seed=0, positions=128, spread=0.3):
+    "A random model in evaluation mode, a function of its arguments; torch's global generator is left alone."
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(kind, layers, vocab, width, positions))
+        for p in model.parameters(): p.add_(torch.randn_like(p) * spread)  # the usual initialisation is too small to show a wrong position or mask
+    return model.to(dtype).eval()
+
+def tiny_pair(kind, dtype=torch.float32):
+    "(student, teacher, tokenizer): two layers and three, the vocabulary of the tokenizer."
+    tokenizer = byte_level(pad_is_eos=False)
+    return tiny_model(kind, 2, len(tokenizer), dtype=dtype, seed=1), tiny_model(kind, 3, len(tokenizer), dtype=dtype, seed=2), tokenizer
