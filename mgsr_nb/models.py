@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 from .config import ConfigError, write_json
 from .data import Batch, collate, encode, labels, load_train, supervised
 
-# %% ../nbs/02_models.ipynb #0325cb14
+# %% ../nbs/02_models.ipynb #2f8cd313
 def cache_dir() -> Path:
     "Where artefacts lie: the environment variable MGSR_CACHE, else the platform's cache folder for mgsr_nb."
     return Path(os.environ.get("MGSR_CACHE") or user_cache_dir("mgsr_nb"))
@@ -44,13 +44,13 @@ def artefact(kind: str, key: dict, make: Callable[[Path], None]) -> Path:
         for old in (part, folder): shutil.rmtree(old, ignore_errors=True)
         part.mkdir()
         make(part)
-        write_json(part/"key.json", {"key": key, "files": {p.name: file_digest(p) for p in sorted(part.iterdir()) if p.is_file()}})
+        write_json(part/"key.json", {"key": key, "files": {str(p.relative_to(part)): file_digest(p) for p in sorted(part.rglob("*")) if p.is_file()}})
         os.replace(part, folder)
     return folder
 
 def _whole(folder: Path) -> bool:
     try: files = json.loads((folder/"key.json").read_text())["files"]
-    except (OSError, ValueError, KeyError): return False
+    except (OSError, ValueError, KeyError, TypeError): return False
     return all((folder/n).is_file() and file_digest(folder/n) == d for n, d in files.items())
 
 # %% ../nbs/02_models.ipynb #bcfc02d6

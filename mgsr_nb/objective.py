@@ -60,7 +60,7 @@ class Span(nn.Module):
         n = len(distance)  # the last row of the last chunk has no right neighbour, and weight 0
         return distance * rows.pair_weight[:n], {}
 
-# %% ../nbs/06_objective.ipynb #2a553509
+# %% ../nbs/06_objective.ipynb #10398dda
 @dataclass
 class Text:
     "N supervised positions of one batch: hidden states, and the functions that turn them into logits (n, V)."
@@ -71,16 +71,16 @@ class Text:
     teacher_head: Optional[Callable] = None # (n, H of the teacher) -> (n, V)
     pair_weight: Optional[Tensor] = None    # (N,); None: no spans
 
-    def rows(self, start: int, stop: int, student_hidden: Tensor) -> Rows:
+    def rows(self, start: int, stop: int, student_hidden: Tensor, with_teacher: bool) -> Rows:
         "The rows start..stop with one neighbour more; softmaxes are taken here and nowhere else."
         log_q = log_probs(self.student_head(student_hidden))
         log_p = None
-        if self.teacher_hidden is not None:
+        if with_teacher:
             with torch.no_grad(): log_p = log_probs(self.teacher_head(self.teacher_hidden[start:stop + 1]))
         weight = self.pair_weight if self.pair_weight is not None else torch.zeros(len(self.labels), device=log_q.device)
         return Rows(log_q, log_p, self.labels[start:stop], weight[start:stop])
 
-# %% ../nbs/06_objective.ipynb #1d0512f5
+# %% ../nbs/06_objective.ipynb #2e64cb37
 class Objective(nn.Module):
     "The terms by name, their weights, and the chunk size in rows. Terms of weight 0 should not be in it: they would cost their computation."
     def __init__(self, terms: dict[str, nn.Module], weights: dict[str, float], chunk_tokens: int = 256):
@@ -107,7 +107,8 @@ class Objective(nn.Module):
         return sums, notes
 
     def _chunk(self, text: Text, start: int, stop: int, student_hidden: Tensor, names: list[str]):
-        rows, sums, notes = text.rows(start, stop, student_hidden), {}, {}
+        with_teacher = any(self.terms[name].needs_teacher for name in names)
+        rows, sums, notes = text.rows(start, stop, student_hidden, with_teacher), {}, {}
         for name in names:
             values, diagnostics = self.terms[name](rows)
             sums[name] = values.sum()

@@ -18,14 +18,15 @@ def generator_for(*key, device="cpu") -> torch.Generator:
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-# %% ../nbs/07_sampling.ipynb #ab7cbcf6
+# %% ../nbs/07_sampling.ipynb #1fffb156
 def noise(generators: Sequence[torch.Generator], vocab: int) -> Tensor:
     "(B, vocab) uniform numbers, row b from `generators[b]` alone."
     return torch.stack([torch.rand(vocab, generator=g, device=g.device) for g in generators])
 
 def draw_tokens(logits: Tensor, u: Tensor) -> Tensor:
     "Token ids (...) drawn from softmax of `logits` (..., V) by an exponential race with the uniform numbers `u` (..., V)."
-    return (logits.float().softmax(-1) / -u.log()).argmax(-1)
+    # `rand` returns exactly 0 once in 2^24 draws; a class that can occur must still arrive some time
+    return (logits.float().softmax(-1) / -u.clamp_min(torch.finfo(u.dtype).tiny).log()).argmax(-1)
 
 # %% ../nbs/07_sampling.ipynb #47addd7c
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def _keep(cache, tensors: list[Tensor], rows: Tensor) -> list[Tensor]:
     cache.batch_select_indices(rows)
     return [t[rows] for t in tensors]
 
-# %% ../nbs/07_sampling.ipynb #ded0f856
+# %% ../nbs/07_sampling.ipynb #2b33a6d5
 def generate(model: nn.Module, prompts: Sequence[list[int]], keys: Sequence[tuple], limits: Sequence[int], stops: Sequence[int], pad_id: int,
              vocab: int) -> list[list[int]]:
     """A sampled response (ids) for each of B prompts: at most `limits[b]` tokens, ending with the first stop id, which is kept.
@@ -71,7 +72,7 @@ def _decode(model, prompts, keys, limits, stops, pad_id, vocab) -> Tensor:
         cache, token = result.past_key_values, draw_tokens(result.logits[:, -1, :vocab], noise(generators, vocab))
         table[place, t] = torch.where(alive, token, -1)
         alive = alive & ~torch.isin(token, stop_ids) & (t + 1 < ends[place])
-        ids, positions, mask = token[:, None], positions[:, -1:] + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        ids, positions, mask = token[:, None], positions[:, -1:] + alive[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         if t % 4 < 3 and t > 3: continue   # looking at `alive` waits for the device, so not at every token
         left = alive.nonzero().squeeze(-1)
         if len(left) == 0: break

@@ -65,7 +65,7 @@ class Scorer:
         ids = log_p.argmax(-1) if self.greedy else draw_tokens(log_p, noise(generators, self.vocab))
         return self.kl(log_q, log_p), ids
 
-# %% ../nbs/08_scrg.ipynb #dba9407c
+# %% ../nbs/08_scrg.ipynb #2d3e616d
 @dataclass
 class Revision:
     "What SCRG did to each response: its new text, and of the first correction the position (-1: none), the KL there, and the two tokens."
@@ -75,8 +75,13 @@ class Revision:
     student_id: list[int]
     teacher_id: list[int]
 
+    def followed_by(self, later: "Revision") -> "Revision":
+        "The texts of `later`, and for each response the first correction of the two."
+        pick = lambda name: [getattr(self if j >= 0 else later, name)[b] for b, j in enumerate(self.position)]
+        return Revision(later.pairs, *(pick(name) for name in ("position", "kl", "student_id", "teacher_id")))
+
     def summary(self) -> dict[str, float]:
-        "Share of corrected responses, mean position of the correction (tokens, and as a share of the response's length), mean KL there (nats)."
+        "Share of corrected responses, mean position of the first correction (tokens), mean KL there (nats)."
         found = [b for b, j in enumerate(self.position) if j >= 0]
         mean = lambda values: sum(values) / len(values) if values else 0.
         return {"scrg_corrected": len(found) / max(len(self.position), 1), "scrg_position": mean([self.position[b] for b in found]),
@@ -90,11 +95,11 @@ class SCRG:
 
     def __call__(self, step: int, pairs: Pairs, rows: Sequence[int]) -> Revision:
         "The revision of the pairs that are `rows` of the global batch of `step`."
-        first, now = None, pairs
-        for turn in range(self.corrections):
-            revision = self._once(step, turn, now, rows)
-            first, now = first or revision, revision.pairs
-        return Revision(now, first.position, first.kl, first.student_id, first.teacher_id)
+        first = self._once(step, 0, pairs, rows)
+        for turn in range(1, self.corrections):
+            later = self._once(step, turn, first.pairs, rows)
+            first = first.followed_by(later)
+        return first
 
     def _once(self, step: int, turn: int, pairs: Pairs, rows: Sequence[int]) -> Revision:
         key = lambda what: [(self.seed, what, step, row, turn) for row in rows]

@@ -118,14 +118,14 @@ def micro_batches(examples: Sequence[Encoded], distilled, find_spans: Callable, 
         micros.append(Micro(batch, batch if distilled == "data" else collate(pairs, pad_id).to(device), pair_weight))
     return micros, counts
 
-# %% ../nbs/10_training.ipynb #29f07c94
+# %% ../nbs/10_training.ipynb #98f68357
 def make_optimizer(distiller: Distiller, learning_rate: float, sub_learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     "AdamW over all that trains, in groups: student and objective (f_sub), each with and without weight decay."
     groups = []
     for module, lr in ((distiller.student, learning_rate), (distiller.objective, sub_learning_rate)):
         trained = [p for p in module.parameters() if p.requires_grad]
         groups += [dict(params=[p for p in trained if p.ndim >= 2], lr=lr, weight_decay=weight_decay), dict(params=[p for p in trained if p.ndim < 2], lr=lr, weight_decay=0.)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999))
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999), fused=True)
 
 def schedule_factor(step: int, max_steps: int, warmup_steps: int) -> float:
     "Share of the peak learning rate at update `step` (from 0): linear warm-up, then cosine to 0 at `max_steps`."
