@@ -27,7 +27,7 @@ def typed_parameters(flags: Sequence[str]) -> dict:
         command.main([str(training_notebook()), str(prepared), "--prepare-only", "--log-level", "ERROR", *flags], standalone_mode=False)
         return json.loads(prepared.read_text())["metadata"]["papermill"]["parameters"]
 
-# %% ../nbs/11_ablation.ipynb #f2bf0f76
+# %% ../nbs/11_ablation.ipynb #a9ad2807
 def run_command(flags: Sequence[str]) -> Path:
     "Execute the training notebook with papermill's `flags`; the run's folder. Raises `ConfigError` before a kernel starts."
     from papermill.cli import papermill as command
@@ -36,7 +36,7 @@ def run_command(flags: Sequence[str]) -> Path:
     print(f"mgsr-run: {folder}", file=sys.stderr, flush=True)
     # the notebook appears under its own name when it is whole; until then, and after a failure, it is the partial one
     partial = folder/"train.partial.ipynb"
-    command.main([str(training_notebook()), str(partial), "--cwd", str(project_root()), *flags], standalone_mode=False)
+    command.main([str(training_notebook()), str(partial), *flags], standalone_mode=False)
     os.replace(partial, folder/"train.ipynb")
     return folder
 

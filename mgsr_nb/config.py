@@ -25,7 +25,7 @@ ELSEWHERE = ("preset", "run_name", "runs_dir", "data_dir", "overwrite")  # say w
 def _number(default, meaning, **bounds): return Field(default, description=meaning, allow_inf_nan=False, **bounds)
 def _choice(default, meaning): return Field(default, description=meaning)
 
-# %% ../nbs/00_config.ipynb #cc8ca602
+# %% ../nbs/00_config.ipynb #6214c830
 class RunConfig(BaseModel):
     """All parameters of one run, validated and immutable; the defaults are the `quickstart` preset.
 
@@ -77,7 +77,7 @@ class RunConfig(BaseModel):
     sub_top_k: int = _number(64, "how many, for sub_inputs=topk", ge=1)
     sub_layers: int = _number(1, "hidden layers of f_sub", ge=0, le=8)
     sub_width: int = _number(64, "hidden width of f_sub", ge=1)
-    sub_learning_rate: float = _number(1e-3, "learning rate of f_sub", gt=0)
+    sub_learning_rate: float = _number(1e-2, "learning rate of f_sub", gt=0)
     # span loss, Eq. 9-10
     spans: Literal["phrases", "fixed", "random", "whole"] = _choice("phrases", "noun, verb and prepositional phrases; or other spans, for comparison")
     span_length: int = _number(4, "tokens of a span, for spans=fixed", ge=2)

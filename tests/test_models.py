@@ -266,14 +266,22 @@ def test_an_artefact_is_made_once(cache):
     assert len({first, artefact("demo", {"steps": 4, "lr": 0.1}, make), artefact("other", {"steps": 3, "lr": 0.1}, make)}) == 3 and len(made) == 3
 
 @pytest.mark.parametrize("damage", [lambda f: (f / "a.txt").write_text("wholf"), lambda f: (f / "b.bin").unlink(), lambda f: (f / "key.json").unlink(),
-                                    lambda f: (f / "key.json").write_text("{"), lambda f: (f / "key.json").write_text("{}"), lambda f: (f / "a.txt").write_text("")],
-                         ids=["changed", "missing", "no key", "half a key", "empty key", "emptied"])
+                                    lambda f: (f / "key.json").write_text("{"), lambda f: (f / "key.json").write_text("{}"), lambda f: (f / "key.json").write_text("[]"), lambda f: (f / "a.txt").write_text("")],
+                         ids=["changed", "missing", "no key", "half a key", "empty key", "a list", "emptied"])
 def test_a_damaged_artefact_is_made_again(cache, damage):
     made, make = counted()
     damage(artefact("demo", {}, make))
     again = artefact("demo", {}, make)
     assert len(made) == 2 and (again / "a.txt").read_text() == "whole" and (again / "b.bin").read_text() == "also"
     assert artefact("demo", {}, make) == again and len(made) == 2
+
+def test_damage_below_a_subfolder_is_noticed(cache):
+    made = []
+    def make(folder):
+        made.append(folder); (folder / "sub").mkdir(); (folder / "sub/a").write_text("whole")
+    (artefact("demo", {}, make) / "sub/a").write_text("damaged")
+    assert (artefact("demo", {}, make) / "sub/a").read_text() == "whole" and len(made) == 2
+    assert artefact("demo", {}, make) and len(made) == 2
 
 def test_a_maker_that_fails_leaves_nothing_that_passes_for_whole(cache):
     made, make = counted()

@@ -316,6 +316,16 @@ def test_without_a_term_that_needs_it_the_teacher_is_not_called(chunk):
     close(sums["sft"], setting.naive({"sft": NLL()})["sft"])
     assert notes == {}
 
+@pytest.mark.parametrize("chunk", [4, N])
+def test_a_teacher_that_no_named_term_needs_is_not_called(chunk):
+    "The text has a teacher, and another term would need it; the NLL alone must not pay for its head."
+    setting = Setting()
+    text = setting.text()
+    text.teacher_head = never
+    objective = Objective({"sft": NLL(), "kd": Divergence("tvd")}, {"sft": 1., "kd": 1.}, chunk)
+    close(objective(text, ["sft"])[0]["sft"], setting.naive({"sft": NLL()})["sft"])
+    with pytest.raises(AssertionError, match="the teacher's head was called"): objective(text, ["sft", "kd"])
+
 def test_only_the_named_terms_are_computed():
     class Never(nn.Module):
         text, per, needs_teacher = "distilled", "tokens", True

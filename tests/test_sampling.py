@@ -66,6 +66,11 @@ def test_a_class_of_probability_zero_is_never_drawn(logits, seed):
     drawn = draw_tokens(z.expand(500, -1), torch.rand(500, len(z), generator=generator_for("zero", seed)))
     assert (z[drawn] > -math.inf).all()
 
+def test_a_uniform_number_of_exactly_zero_cannot_make_the_impossible_happen():
+    "`torch.rand` gives 0 once in 2^24 draws: the class that it belongs to arrives last, not never."
+    assert draw_tokens(torch.tensor([-torch.inf, 0.]), torch.tensor([0.5, 0.])) == 1
+    assert draw_tokens(torch.tensor([-torch.inf, 0., -torch.inf]), torch.zeros(3)) == 1
+
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 999))
 def test_a_draw_depends_on_the_probabilities_only(seed):
@@ -149,6 +154,12 @@ def test_each_row_has_its_own_limit():
     long, texts = run(model, limits=9, stops=()), run(model, limits=limits, stops=())
     assert texts == [t[:n] for t, n in zip(long, limits)]
     assert run(model, limits=0) == [[]] * len(PROMPTS) and run(model, [], limits) == []
+
+def test_rows_that_have_ended_do_not_run_beyond_the_models_positions():
+    "Each text fits in 24 positions (20 + 4, 4 + 20); the row that has ended stays in the batch for a while, and must not go on counting."
+    model, prompts = tiny_model("gpt2", positions=24), [[3] * 20] + [[3] * 4] * 4
+    texts = generate(model, prompts, [(i,) for i in range(5)], [4] + [20] * 4, [], PAD, V)
+    assert [len(t) for t in texts] == [4, 20, 20, 20, 20] and texts == [naive(model, p, (i,), n, ()) for i, (p, n) in enumerate(zip(prompts, [4] + [20] * 4))]
 
 @every_kind
 @pytest.mark.parametrize("vocab", [1, 10])

@@ -112,6 +112,13 @@ def test_several_corrections_revise_the_revision_and_report_the_first():
     keys = [k for _, asked in given.scored for k in asked] + [k for _, asked, _ in given.wrote for k in asked]
     assert len(set(keys)) == 6 and all(k[0] == 5 for k in keys)      # fresh random numbers in each round, for teacher and student
 
+@pytest.mark.pitfall(40)
+def test_pitfall_40_a_text_that_only_a_later_round_changes_is_counted():
+    given = Given(([1., 1.], [20, 21]), ([1., 3.], [20, 50]))
+    revision = given.scrg(corrections=2)(0, [([10], [20, 21])], [0])
+    assert revision.pairs[0][1][:2] == [20, 50] and (revision.position, revision.student_id, revision.teacher_id, revision.kl) == ([1], [21], [50], [3.])
+    assert revision.summary() == {"scrg_corrected": 1., "scrg_position": 1., "scrg_kl": 3.}
+
 def test_keys_are_functions_of_seed_step_and_row():
     def keys(step, rows):
         given = Given(([1.] * len(rows), [50] * len(rows)))
