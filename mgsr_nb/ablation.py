@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SUITES', 'training_notebook', 'typed_parameters', 'run_command', 'main', 'results_line']
 
-# %% ../nbs/11_ablation.ipynb #bfe4915a
+# %% ../nbs/11_ablation.ipynb #2bb7744d
 import json, os, shutil, sys, tempfile
 from pathlib import Path
 from typing import Optional, Sequence
-import papermill
+import click
 from .config import ConfigError, RunConfig, open_run, project_root, resolve, run_name
 
 # %% ../nbs/11_ablation.ipynb #5bfd6f92
@@ -27,16 +27,16 @@ def typed_parameters(flags: Sequence[str]) -> dict:
         command.main([str(training_notebook()), str(prepared), "--prepare-only", "--log-level", "ERROR", *flags], standalone_mode=False)
         return json.loads(prepared.read_text())["metadata"]["papermill"]["parameters"]
 
-# %% ../nbs/11_ablation.ipynb #a9ad2807
+# %% ../nbs/11_ablation.ipynb #480b4500
 def run_command(flags: Sequence[str]) -> Path:
     "Execute the training notebook with papermill's `flags`; the run's folder. Raises `ConfigError` before a kernel starts."
     from papermill.cli import papermill as command
     config = resolve(typed_parameters(flags))
     folder = open_run(config)
-    print(f"mgsr-run: {folder}", file=sys.stderr, flush=True)
+    print(f"mgsr-run: {os.path.relpath(folder)}", file=sys.stderr, flush=True)
     # the notebook appears under its own name when it is whole; until then, and after a failure, it is the partial one
     partial = folder/"train.partial.ipynb"
-    command.main([str(training_notebook()), str(partial), *flags], standalone_mode=False)
+    command.main([os.path.relpath(training_notebook()), os.path.relpath(partial), *flags], standalone_mode=False)  # relative: the notebook records them
     os.replace(partial, folder/"train.ipynb")
     return folder
 
@@ -50,6 +50,8 @@ def main() -> None:
     try: folder = run_command(flags)
     except ConfigError as e:
         print(f"mgsr-run: {e}", file=sys.stderr); sys.exit(2)
+    except click.ClickException as e:  # papermill's own refusal of a flag
+        e.show(); sys.exit(e.exit_code)
     print(results_line(folder))
 
 def results_line(folder: Path) -> str:
@@ -60,7 +62,7 @@ def results_line(folder: Path) -> str:
     table = [columns, *([str(r[c]) for c in columns] for r in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     text = "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in table)
-    return f"{text}\nresults: {folder}"
+    return f"{text}\nresults: {os.path.relpath(folder)}"
 
 # %% ../nbs/11_ablation.ipynb #ec4aa9cb
 SUITES = {

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BUILTIN', 'GGUF_NAME', 'GGUF_DIGEST', 'GGUF_INSTALL', 'LAYER', 'cache_dir', 'file_digest', 'artefact', 'model_path',
            'load_tokenizer', 'load_model', 'base_model', 'hidden_states', 'head_logits', 'check_head',
-           'shared_vocabulary', 'stop_ids', 'truncate', 'block_influence', 'choose_layers', 'add_lora', 'save_model',
-           'resolve_precision']
+           'check_tokenizers', 'shared_vocabulary', 'stop_ids', 'check_sizes', 'truncate', 'block_influence',
+           'choose_layers', 'add_lora', 'save_model', 'resolve_precision']
 
 # %% ../nbs/02_models.ipynb #3f9d88cc
 import contextlib, hashlib, importlib.util, json, os, re, shutil
@@ -130,20 +130,22 @@ def check_head(model: nn.Module, name: str, parameter: str) -> None:
     if not torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4):
         raise ConfigError(f"{parameter}: {name} changes its logits after the head (scaling or soft-capping), which is not supported; allowed: GPT-2, OPT, LLaMA, Qwen, SmolLM and others with a plain head")
 
-# %% ../nbs/02_models.ipynb #696666f4
-def shared_vocabulary(student, teacher, student_tokenizer, teacher_tokenizer) -> int:
-    """Number of classes V that both models can predict and that mean the same token in both.
-
-    Raises `ConfigError` if any token has another id on the other side."""
+# %% ../nbs/02_models.ipynb #e00d14cc
+def check_tokenizers(student_tokenizer, teacher_tokenizer) -> None:
+    "Raise `ConfigError` if any token has another id on the other side."
     ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     different = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
     if different:
         shown = ", ".join(f"{t!r}: {ours.get(t)} / {theirs.get(t)}" for t in sorted(different)[:3])
         raise ConfigError(f"student: its tokenizer differs from the teacher's in {len(different)} tokens (student / teacher id of {shown}); allowed: a student with the teacher's tokenizer")
-    sizes = [m.get_output_embeddings().weight.shape[0] for m in (student, teacher)]
-    if min(sizes) < len(ours):
-        raise ConfigError(f"student: an output layer of {min(sizes)} classes cannot predict the {len(ours)} tokens of the tokenizer")
-    return min(sizes)
+
+def shared_vocabulary(student, teacher, tokenizer) -> int:
+    "Number of classes V: the ids that the common tokenizer knows. Raises `ConfigError` if a model cannot predict them all."
+    known = max(tokenizer.get_vocab().values()) + 1
+    for model, parameter in ((student, "student"), (teacher, "teacher")):
+        size = model.get_output_embeddings().weight.shape[0]
+        if size < known: raise ConfigError(f"{parameter}: an output layer of {size} classes cannot predict the {known} tokens of the tokenizer")
+    return known
 
 # %% ../nbs/02_models.ipynb #91e7d2eb
 def stop_ids(model, tokenizer) -> list[int]:
@@ -151,6 +153,16 @@ def stop_ids(model, tokenizer) -> list[int]:
     extra = getattr(model.generation_config, "eos_token_id", None)
     extra = extra if isinstance(extra, list) else [extra]
     return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *extra] if i is not None))
+
+# %% ../nbs/02_models.ipynb #8a229807
+def check_sizes(name: str, parameter: str, tokens: int, layers: int = 0) -> None:
+    "Raise `ConfigError` if the model `name` has fewer than `tokens` positions or `layers` layers. Reads its config.json only."
+    with _explained(name, parameter): config = AutoConfig.from_pretrained(model_path(name))
+    positions = getattr(config, "max_position_embeddings", None) or tokens
+    if positions < tokens:
+        raise ConfigError(f"max_tokens: texts of up to {tokens} tokens (max_tokens, or max_prompt_tokens + max_new_tokens) do not fit the {positions} positions of the {parameter} {name}; allowed: at most {positions}")
+    if layers > config.num_hidden_layers:
+        raise ConfigError(f"student_layers: {layers}; allowed: 1 to the teacher's {config.num_hidden_layers} layers")
 
 # %% ../nbs/02_models.ipynb #a527f82e
 LAYER = re.compile(r"^(.*\.(?:layers|h|blocks))\.(\d+)\.(.*)$")

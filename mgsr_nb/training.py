@@ -5,30 +5,32 @@
 # %% auto #0
 __all__ = ['make_clip', 'make_objective', 'make_source', 'Distiller', 'Micro', 'micro_batches', 'make_optimizer',
            'schedule_factor', 'fine_tune', 'text_digest', 'model_key', 'Setup', 'load_data', 'tuned_teacher',
-           'make_student', 'prepare', 'Progress', 'TrainingError', 'Trainer', 'scores', 'machine', 'write_results',
-           'run', 'metrics_table']
+           'make_student', 'teacher_responses', 'make_accelerator', 'check_pair', 'prepare', 'precision_of', 'Progress',
+           'TrainingError', 'Trainer', 'scores', 'machine', 'write_results', 'run', 'metrics_table']
 
-# %% ../nbs/10_training.ipynb #a8ca04c1
-import contextlib, json, math, os, platform, shutil, time
+# %% ../nbs/10_training.ipynb #eced53cb
+import contextlib, dataclasses, json, logging, math, os, platform, shutil, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Optional, Sequence
 import torch
 from torch import Tensor, nn
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from .config import ConfigError, RunConfig, finished, open_run, run_name, write_atomic, write_csv, write_json
 from .dac_kl import DACKL, FixedClip, LearnedClip, NoClip, SubNetwork, TopFraction
 from .data import Batch, Encoded, batch_indices, collate, encode, labels, load_eval_set, load_train, subset_note, supervised
 from .evaluation import evaluate, held_out
-from .models import (BUILTIN, GGUF_DIGEST, add_lora, artefact, block_influence, check_head, choose_layers, file_digest, head_logits, hidden_states,
+from .models import (BUILTIN, GGUF_DIGEST, add_lora, artefact, block_influence, check_head, check_sizes, check_tokenizers, choose_layers, file_digest, head_logits, hidden_states,
                             load_model, load_tokenizer, resolve_precision, save_model, shared_vocabulary, stop_ids, truncate)
 from .objective import DAC, NLL, Divergence, Objective, Span, Text
-from .sampling import Fixed, Mixed, OnPolicy, sampler
+from .sampling import Fixed, Mixed, OffPolicy, OnPolicy, generator_for, sampler
 from .scrg import SCRG, Scorer
 from .span import SpanFinder, pair_weights
 
-# %% ../nbs/10_training.ipynb #7ac86709
+# %% ../nbs/10_training.ipynb #9d288729
 def make_clip(config: RunConfig, vocab: int) -> nn.Module:
     "The clipper that `clip` names (notebook 04)."
     upper, lower = config.limits
@@ -53,7 +55,8 @@ def make_objective(config: RunConfig, vocab: int) -> Objective:
 def make_source(config: RunConfig, sample: Callable):
     "The source that `sampling` names (notebook 07)."
     on_policy = OnPolicy(sample, config.seed, config.max_new_tokens)
-    return {"fixed": lambda: Fixed(), "on_policy": lambda: on_policy, "mixed": lambda: Mixed(on_policy, config.mixed_fraction, config.seed)}[config.sampling]()
+    return {"fixed": lambda: Fixed(), "on_policy": lambda: on_policy, "mixed": lambda: Mixed(on_policy, config.mixed_fraction, config.seed),
+            "off_policy": lambda: OffPolicy(on_policy, config.seed, config.max_steps, config.batch_size, config.buffer_size, config.threshold_start)}[config.sampling]()
 
 # %% ../nbs/10_training.ipynb #2338a9b7
 class Distiller(nn.Module):
@@ -132,11 +135,12 @@ def schedule_factor(step: int, max_steps: int, warmup_steps: int) -> float:
     if step < warmup_steps: return (step + 1) / (warmup_steps + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(max_steps - warmup_steps, 1)))
 
-# %% ../nbs/10_training.ipynb #f3a14a1b
+# %% ../nbs/10_training.ipynb #97dae8cb
 def fine_tune(model: nn.Module, examples: Sequence[Encoded], steps: int, batch_size: int, micro_size: int, learning_rate: float, warmup_steps: int, weight_decay: float,
               max_grad_norm: float, pad_id: int, vocab: int, chunk_tokens: int, autocast: Callable, what: str = "fine-tuning") -> list[float]:
     "Plain SFT of `model` in place, on one device; the loss of each step in nats a token."
     device, losses = next(model.parameters()).device, []
+    torch.manual_seed(0)  # dropout
     distiller = Distiller(model, Objective({"sft": NLL()}, {"sft": 1.}, chunk_tokens), None, vocab).train()
     optimizer = make_optimizer(distiller, learning_rate, learning_rate, weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule_factor(s, steps, warmup_steps))
@@ -153,12 +157,12 @@ def fine_tune(model: nn.Module, examples: Sequence[Encoded], steps: int, batch_s
     model.eval()
     return torch.stack(losses).tolist() if losses else []
 
-# %% ../nbs/10_training.ipynb #32f1058e
+# %% ../nbs/10_training.ipynb #8d5dd27b
 def text_digest(examples: Sequence[Encoded]) -> str:
-    "Short hash of the ids of all examples: what an artefact that was trained on them depends on."
+    "Short hash of all examples (ids of prompt and response, references): what an artefact that was made from them depends on."
     import hashlib
     digest = hashlib.sha256()
-    for e in examples: digest.update(repr((e.prompt_ids, e.response_ids)).encode())
+    for e in examples: digest.update(repr((e.prompt_ids, e.response_ids, e.example and (e.example.id, e.example.references))).encode())
     return digest.hexdigest()[:16]
 
 def model_key(name: str) -> dict:
@@ -226,28 +230,69 @@ def make_student(config: RunConfig, teacher: nn.Module, train: Sequence[Encoded]
     keep = choose_layers(teacher.config.num_hidden_layers, config.student_layers, config.layer_choice, influence)
     return truncate(teacher, keep).to(accelerator.device), {"layers": keep}
 
-# %% ../nbs/10_training.ipynb #4205ec6a
+# %% ../nbs/10_training.ipynb #5500ae17
+def teacher_responses(setup: Setup) -> list[Encoded]:
+    "The training examples with responses sampled from the teacher (an artefact); those that no step visits keep their own."
+    c = setup.config
+    visited = sorted({i for step in range(c.max_steps) for i in batch_indices(len(setup.train), c.batch_size, step, c.seed)})
+    key = {**setup.keys["teacher"]["teacher"], "prompts": text_digest([setup.train[i] for i in visited]), "visited": visited, "max_new_tokens": c.max_new_tokens}
+    def make(folder: Path):
+        sample, written = setup.sampler(setup.teacher), []
+        for a in tqdm(range(0, len(visited), c.eval_batch_size), desc="teacher writes", mininterval=5, leave=False):
+            part = visited[a:a + c.eval_batch_size]
+            written += sample([setup.train[i].prompt_ids for i in part], [("teacher", i) for i in part], [c.max_new_tokens] * len(part))
+        write_json(folder/"responses.json", written)
+    texts = json.loads((artefact("teacher_text", key, make)/"responses.json").read_text())
+    found = dict(zip(visited, texts))
+    return [dataclasses.replace(e, response_ids=found[i]) if i in found else e for i, e in enumerate(setup.train)]
+
+# %% ../nbs/10_training.ipynb #ffe6cbf1
+def make_accelerator(precision: str, cpu: bool) -> Accelerator:
+    "An `Accelerator` of its own: what was prepared with another one is not in its checkpoints."
+    settings = dict(mixed_precision="bf16" if precision == "bfloat16" else "no", cpu=cpu)
+    try: return Accelerator(**settings)
+    except ValueError:  # its state is one per process; a notebook that changes the precision and runs again needs another
+        AcceleratorState._reset_state()
+        return Accelerator(**settings)
+
+def check_pair(config: RunConfig, tokenizer) -> None:
+    "Refuse a pair that cannot work, from its configuration files and tokenizers alone. Raises `ConfigError`."
+    tokens = max(config.max_tokens, config.max_prompt_tokens + config.max_new_tokens)
+    cut = config.student == "truncate"
+    check_sizes(config.teacher, "teacher", tokens, config.student_layers if cut else 0)
+    if not cut:
+        check_sizes(config.student, "student", tokens)
+        check_tokenizers(load_tokenizer(config.student, "student"), tokenizer)
+
+# %% ../nbs/10_training.ipynb #5e09f4ad
 def prepare(config: RunConfig, cpu: bool = False) -> Setup:
     "Load all that `config` names. Raises `ConfigError` or a data error before anything expensive."
-    device = torch.device("cpu") if cpu or not torch.cuda.is_available() else torch.device("cuda")
-    precision = resolve_precision(config.precision, device)
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bfloat16" else "no", cpu=cpu)
+    cpu = cpu or not torch.cuda.is_available()
+    precision = resolve_precision(config.precision, torch.device("cpu" if cpu else "cuda"))
+    accelerator = make_accelerator(precision, cpu)
     if accelerator.num_processes > config.batch_size:
         raise ConfigError(f"batch_size: {config.batch_size} sequences cannot be shared by {accelerator.num_processes} processes; allowed: at least one for each")
     tokenizer = load_tokenizer(config.teacher)
-    if config.student != "truncate": student_tokenizer = load_tokenizer(config.student, "student")
+    check_pair(config, tokenizer)
     train, validation, eval_sets, report = load_data(config, tokenizer)
     teacher, teacher_key = tuned_teacher(config, tokenizer, train, accelerator, precision)
     student, student_key = make_student(config, teacher, train, tokenizer, accelerator)
-    vocab = shared_vocabulary(student, teacher, tokenizer if config.student == "truncate" else student_tokenizer, tokenizer)
+    vocab = shared_vocabulary(student, teacher, tokenizer)
     for model, parameter in ((teacher, "teacher"), (student, "student")): check_head(model, getattr(config, parameter), parameter)
     teacher.requires_grad_(False)
     settings = {"eval": text_digest([e for es in eval_sets.values() for e in es] + validation), "sets": list(eval_sets), "seeds": config.eval_seeds,
-                "max_new_tokens": config.max_new_tokens, "precision": precision, "device": accelerator.device.type, "teacher": teacher_key}
+                "max_new_tokens": config.max_new_tokens, "vocab": vocab, "precision": precision, "device": accelerator.device.type, "teacher": teacher_key}
     setup = Setup(config, accelerator, tokenizer, teacher, student, vocab, stop_ids(teacher, tokenizer), train, validation, eval_sets, report,
                   {"teacher": settings, "student_start": {**settings, "student": student_key}})
+    if config.responses == "teacher": setup.train = teacher_responses(setup)
+    torch.manual_seed(config.seed)  # the adapters' start
     if config.lora_rank: setup.student = add_lora(student, config.lora_rank, config.lora_alpha, config.lora_dropout)
     return setup
+
+# %% ../nbs/10_training.ipynb #297e617f
+def precision_of(accelerator: Accelerator) -> str:
+    "`bfloat16` or `float32`, what the accelerator's autocast computes in."
+    return "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
 
 # %% ../nbs/10_training.ipynb #73b53b04
 class Progress:
@@ -259,11 +304,12 @@ class Progress:
 class TrainingError(RuntimeError):
     "Training cannot go on: a loss is not finite."
 
-# %% ../nbs/10_training.ipynb #c25dd0dd
+# %% ../nbs/10_training.ipynb #85769d9a
 class Trainer:
     "Trains `setup.student` as `setup.config` says. `folder`: where log and checkpoints go; None keeps all in memory."
     def __init__(self, setup: Setup, folder: Optional[Path] = None):
-        c, self.setup, self.config, self.accelerator, self.folder = setup.config, setup, setup.config, setup.accelerator, folder
+        c, self.setup, self.config, self.folder = setup.config, setup, setup.config, folder
+        self.accelerator = make_accelerator(precision_of(setup.accelerator), setup.accelerator.device.type == "cpu")  # a second Trainer must not save the first
         self.find_spans = SpanFinder(setup.tokenizer, c.spans, c.span_length, c.seed) if c.span_weight > 0 else lambda ids: []
         sample, pad = setup.sampler(setup.student), setup.tokenizer.pad_token_id
         self.source, self.revise = make_source(c, sample), None
@@ -277,7 +323,7 @@ class Trainer:
         # not prepared: accelerate would advance it once per process, and its length is in optimiser updates
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule_factor(s, c.max_steps, c.warmup_steps))
         self.progress = Progress()
-        self.accelerator.register_for_checkpointing(self.schedule, self.progress)
+        self.accelerator.register_for_checkpointing(self.schedule, self.progress, self.source)
 
     def draw(self, step: int):
         "The step's examples of this process, the text to distil on (None, 'data' or pairs), and notes about it."
@@ -287,13 +333,14 @@ class Trainer:
         examples = [self.setup.train[order[row]] for row in rows]
         if not c.distils: return examples, None, {}
         start = time.perf_counter()
-        pairs, by_student = self.source(step, examples, rows)
-        notes = {"seconds_sampling": time.perf_counter() - start, "by_student": float(by_student)}
-        if not by_student: return examples, "data", notes
-        if self.revise:
+        pairs, origin = self.source(step, examples, rows)
+        notes = {"seconds_sampling": time.perf_counter() - start, "by_student": float(origin != "data"), "new_text": float(origin == "student")}
+        if origin == "data": return examples, "data", notes
+        if self.revise and origin == "student":
             start = time.perf_counter()
             with a.autocast(): revision = self.revise(step, pairs, rows)
             pairs, notes = revision.pairs, notes | revision.summary() | {"seconds_scrg": time.perf_counter() - start}
+        if origin == "student" and c.sampling == "off_policy": self.source.remember(gather_object(pairs))
         return examples, pairs, notes
 
     def update(self, examples, distilled) -> dict[str, float]:
@@ -304,6 +351,7 @@ class Trainer:
         micros, counts = micro_batches(examples, distilled, self.find_spans, self.setup.tokenizer.pad_token_id, size, math.ceil(share / size), a.device, c.sft_weight > 0)
         counts = dict(zip(counts, a.reduce(torch.tensor([float(n) for n in counts.values()], device=a.device))))
         total = {}
+        torch.manual_seed(generator_for(c.seed, "dropout", self.progress.step, a.process_index).initial_seed())
         for i, micro in enumerate(micros):
             # gradients are averaged over the processes once, with the last micro-batch
             with a.no_sync(self.distiller) if i < len(micros) - 1 else contextlib.nullcontext():
@@ -339,9 +387,10 @@ class Trainer:
         return row
 
     def validate(self) -> dict[str, float]:
-        "NLL and KL on the validation examples, in nats a token."
+        "NLL and KL on the validation examples, in nats a token; the source hears of it (the off-policy threshold)."
         with self.accelerator.autocast():
             found = held_out(self.setup.student, self.setup.teacher, self.setup.validation, self.setup.tokenizer.pad_token_id, self.setup.vocab, chunk_tokens=self.config.chunk_tokens)
+        self.source.validated(found["nll"])
         return {"validation_nll": found["nll"], "validation_kl": found["kl"]}
 
     def fit(self, on_step: Callable = lambda row: None) -> list[dict]:
@@ -366,6 +415,8 @@ class Trainer:
         part, whole = checkpoints/"writing.part", checkpoints/f"step-{self.progress.step:06d}"
         if a.is_main_process: shutil.rmtree(part, ignore_errors=True)
         a.wait_for_everyone()
+        # "removed shared tensor": the tied head, which the embedding brings back on loading
+        logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
         a.save_state(str(part))
         a.wait_for_everyone()
         if a.is_main_process:
@@ -380,7 +431,7 @@ class Trainer:
         if found: self.accelerator.load_state(str(found[-1]))
         return self.progress.step
 
-# %% ../nbs/10_training.ipynb #f7107b72
+# %% ../nbs/10_training.ipynb #8eb1ba44
 def scores(setup: Setup, model: nn.Module, key: Optional[dict] = None) -> dict:
     "Validation and test metrics of `model`, `average` over the test sets, and its answers; read from the cache if `key` was evaluated before."
     c = setup.config
@@ -401,7 +452,7 @@ def machine(setup: Setup) -> dict:
     import transformers
     a = setup.accelerator
     return {"device": torch.cuda.get_device_name(a.device) if a.device.type == "cuda" else platform.processor() or platform.machine(), "device_type": a.device.type,
-            "processes": a.num_processes, "threads": torch.get_num_threads(), "precision": {"bf16": "bfloat16"}.get(a.mixed_precision, "float32"),
+            "processes": a.num_processes, "threads": torch.get_num_threads(), "precision": precision_of(a),
             "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
 
 def write_results(setup: Setup, folder: Path, start: dict, teacher: dict, end: dict, log: list[dict], seconds: dict[str, float]) -> dict:

@@ -17,11 +17,11 @@ PITFALLS = {
     24: "special tokens are the same in training and evaluation", 25: "vocabularies of different sizes, and different tokenizers", 26: "gradient accumulation changes nothing; denominators are counted after generation",
     27: "all that trains moves, the teacher does not", 28: "no cross-entropy on text that the student wrote", 29: "evaluation mode while writing, training mode after",
     30: "the draw between sources depends on seed and step only", 31: "a replay buffer is bounded, on the CPU, and saved", 32: "interrupted and resumed is the same, bit for bit", 33: "the schedule counts updates",
-    34: "SeqKD is the NLL of the teacher's text", 35: "a baseline differs from the method in its loss only", 36: "several processes are one", 37: "ROUGE-L: stemmed, F, best reference",
+    34: "SeqKD is the NLL of the teacher's text", 35: "a baseline differs from the method only in what defines it", 36: "several processes are one", 37: "ROUGE-L: stemmed, F, best reference",
     38: "answers in number and order; an empty one scores 0 and is counted", 39: "answers are drawn at temperature 1 from all classes, with the paper's seeds", 40: "what SCRG may change, and where it ends",
     41: "the parameters tag survives, and what is passed is what runs", 42: "unknown names and wrong types are refused", 43: "papermill without an output path", 44: "where executed copies go, and who makes the folder",
     45: "kernel name and language", 46: "a run that was cut off does not count as finished"}
-LATER = {13: "one temperature, 1, is all there is", 31: "there is no replay buffer", 34: "there are no baselines yet", 35: "there are no baselines yet"}
+LATER = {13: "one temperature, 1, is all there is"}
 
 def marked(source: str) -> list[tuple[str, list[int]]]:
     "(test, numbers) for each test function of a source text that has a `pitfall` marker."

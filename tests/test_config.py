@@ -10,6 +10,7 @@ from mgsr_nb.config import (ELSEWHERE, PRESETS, ConfigError, RunConfig, finished
 
 FIELDS = RunConfig.model_fields
 OTHER = {  # for every field another allowed value (with what it needs)
+    "method": "mgsr_off_policy", "responses": "teacher", "threshold_start": 0.5, "buffer_size": 50,
     "preset": "gpt2-dolly", "run_name": "mine", "runs_dir": "elsewhere", "overwrite": True, "seed": 1, "teacher": "gpt2", "teacher_sft_steps": 0, "student": "opt",
     "student_layers": 10, "layer_choice": "even", "lora_rank": 4, "lora_alpha": 1.0, "lora_dropout": 0.0, "precision": "float32", "data": "dolly", "data_dir": ".",
     "template": "chat", "max_prompt_tokens": 100, "max_tokens": 300, "max_train_examples": 5, "sft_weight": 0.0, "dac_weight": 0.5, "span_weight": 0.25, "kd_weight": 1.0,

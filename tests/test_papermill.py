@@ -220,3 +220,25 @@ def test_pitfall_46_a_run_that_papermill_cuts_off_is_not_finished_and_goes_on(pr
     trainer = Trainer(prepare(c, cpu=True), open_run(c))
     reached = trainer.resume()
     assert reached >= 1 and trainer.step()["step"] == reached + 1
+
+@pytest.mark.parametrize("flags", [["-p", "dac_weight"], ["--nonsense"], ["stray"]])
+def test_a_command_line_that_papermill_refuses_ends_in_words(flags):
+    done = subprocess.run([str(Path(sys.executable).parent/"mgsr-run"), *flags], capture_output=True, text=True, cwd=Path(__file__).parents[1], stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-300:]
+
+@pytest.mark.pitfall(42)
+def test_pitfall_42_help_notebook_lists_every_parameter_with_its_meaning(project):
+    done = command(project, "papermill", "--help-notebook", "nbs/train.ipynb")
+    said = " ".join(done.stdout.split())
+    for name, field in FIELDS.items():
+        assert re.search(rf"\b{name}: ", said) and " ".join(field.description.split()) in said, name
+    assert done.returncode == 0
+
+
+def test_sample_answers_of_prompts_that_share_an_instruction(project, tmp_path):
+    (tmp_path/"sinst").mkdir()
+    (tmp_path/"sinst/valid.jsonl").write_text("".join(json.dumps(dict(instruction="Same task.", input=f"text {i}", output="x y z")) + "\n" for i in range(3)))
+    parameters = project.parameters | dict(eval_sets="sinst", data_dir=tmp_path, run_name="same", max_steps=1, sft_weight=1.0)
+    (project.root/"runs"/"same").mkdir(parents=True)
+    done = command(project, "papermill", "nbs/train.ipynb", "runs/same/train.ipynb", "--no-progress-bar", *flags(parameters))
+    assert done.returncode == 0, done.stderr[-500:]

@@ -211,20 +211,20 @@ def test_pitfall_36_two_processes_that_share_the_batch_get_the_rows_of_one(name)
     source, all_rows = sources(tiny_model("gpt2"))[name], examples()
     flags = set()
     for step in range(6):
-        whole, student = source(step, all_rows, range(8))
+        whole, origin = source(step, all_rows, range(8))
         first, a = source(step, all_rows[:4], range(4))
         second, b = source(step, all_rows[4:], range(4, 8))
-        assert [*first, *second] == [*whole] and a == b == student
+        assert [*first, *second] == [*whole] and a == b == origin
         interleaved = [source(step, all_rows[r::2], range(r, 8, 2))[0] for r in (0, 1)]
         assert [interleaved[i % 2][i // 2] for i in range(8)] == [*whole]
-        flags.add(student)
-    assert flags == {"fixed": {False}, "on_policy": {True}, "mixed": {False, True}}[name]
+        flags.add(origin)
+    assert flags == {"fixed": {"data"}, "on_policy": {"student"}, "mixed": {"data", "student"}}[name]
 
 def test_fixed_gives_the_ground_truth_and_on_policy_the_students_text():
     model, found = tiny_model("gpt2"), sources(tiny_model("gpt2"))
-    assert found["fixed"](3, examples(), range(8)) == ([(e.prompt_ids, e.response_ids) for e in examples()], False)
-    pairs, student = found["on_policy"](3, examples(), range(8))
-    assert student and pairs == [(p, naive(model, p, (0, "sample", 3, b), 6)) for b, p in enumerate(PROMPTS)]
+    assert found["fixed"](3, examples(), range(8)) == ([(e.prompt_ids, e.response_ids) for e in examples()], "data")
+    pairs, origin = found["on_policy"](3, examples(), range(8))
+    assert origin == "student" and pairs == [(p, naive(model, p, (0, "sample", 3, b), 6)) for b, p in enumerate(PROMPTS)]
 
 def test_each_step_row_and_seed_writes_another_text():
     model = tiny_model("gpt2")
