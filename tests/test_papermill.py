@@ -194,7 +194,7 @@ def test_pitfall_44_mgsr_run_makes_the_folder_and_goes_on_with_an_interrupted_ru
     parameters = project.parameters | more
     done = command(project, "mgsr-run", *flags({k: v for k, v in parameters.items() if k != "runs_dir"}))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert trainer.folder.parent == project.root/"runs" and f"results: {trainer.folder}" in done.stdout and "student after" in done.stdout
+    assert trainer.folder.parent == project.root/"runs" and f"results: {trainer.folder.relative_to(project.root)}" in done.stdout and "student after" in done.stdout
     assert {"train.ipynb", "metrics.json"} <= {p.name for p in trainer.folder.iterdir()} and not (trainer.folder/"train.partial.ipynb").exists()
     notebook = nbformat.read(trainer.folder/"train.ipynb", 4)
     assert not errors(notebook) and "resumed at step 1" in text_of(notebook)
