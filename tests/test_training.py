@@ -205,6 +205,18 @@ def test_pitfall_26_each_term_is_the_mean_over_the_whole_step(trainer):
     row = t.step()
     assert row["sft"] == pytest.approx(total / tokens, rel=1e-6) and row["loss"] == pytest.approx(row["sft"] + row["dac"] + row["span"], rel=1e-6)
 
+@pytest.mark.parametrize("limit", [1e-3, 1e6])
+def test_the_gradient_is_clipped_and_the_log_has_its_norm_before(trainer, limit):
+    t, found = trainer("llama", max_grad_norm=limit, micro_batch_size=2), []
+    step, backward = t.optimizer.step, t.accelerator.backward
+    def norm(): found.append(float(sum(p.grad.double().square().sum() for p in t.distiller.parameters() if p.grad is not None).sqrt()))
+    t.accelerator.backward = lambda *a: backward(*a) or norm()
+    t.optimizer.step = lambda *a: norm() or step(*a)
+    row = t.step()
+    _, whole, clipped = found      # after the first micro-batch, after the second, and what AdamW sees
+    assert whole == pytest.approx(row["grad_norm"], rel=1e-5) and clipped == pytest.approx(min(limit, whole), rel=1e-3) and whole > 1e-2
+    assert all(p.grad is None or not p.grad.any() for p in t.distiller.parameters())      # nothing left for the next step
+
 # --- who moves
 
 @pytest.mark.pitfall(27)
@@ -269,6 +281,18 @@ def test_pitfall_28_other_samples_change_the_distillation_terms_and_not_the_nll(
         return t.step()
     a, b = row(False), row(True)
     assert a["sft"] == b["sft"] and a["dac"] != b["dac"]
+
+@every_kind
+def test_what_is_distilled_on_is_the_revision_of_the_students_text(trainer, monkeypatch, kind):
+    t, seen, micro_batches = trainer(kind, max_new_tokens=8), [], T.micro_batches
+    examples, pairs, notes = t.draw(0)
+    written, by_student = t.source(0, examples, range(4))
+    revision = t.revise(0, written, range(4))
+    assert by_student and pairs == revision.pairs != written and notes["scrg_corrected"] > 0 and revision.summary().items() <= notes.items()
+    assert [y for _, y in trainer(kind, scrg=False, max_new_tokens=8).draw(0)[1]] == [y for _, y in written]
+    monkeypatch.setattr(T, "micro_batches", lambda examples, distilled, *a: seen.append(distilled) or micro_batches(examples, distilled, *a))
+    t.step()
+    assert seen == [pairs]
 
 @pytest.mark.pitfall(29)
 @every_kind
