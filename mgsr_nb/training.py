@@ -264,7 +264,7 @@ def check_pair(config: RunConfig, tokenizer) -> None:
         check_sizes(config.student, "student", tokens)
         check_tokenizers(load_tokenizer(config.student, "student"), tokenizer)
 
-# %% ../nbs/10_training.ipynb #5e09f4ad
+# %% ../nbs/10_training.ipynb #72a276f0
 def prepare(config: RunConfig, cpu: bool = False) -> Setup:
     "Load all that `config` names. Raises `ConfigError` or a data error before anything expensive."
     cpu = cpu or not torch.cuda.is_available()
@@ -280,9 +280,10 @@ def prepare(config: RunConfig, cpu: bool = False) -> Setup:
     vocab = shared_vocabulary(student, teacher, tokenizer)
     for model, parameter in ((teacher, "teacher"), (student, "student")): check_head(model, getattr(config, parameter), parameter)
     teacher.requires_grad_(False)
+    stops = stop_ids(teacher, tokenizer)
     settings = {"eval": text_digest([e for es in eval_sets.values() for e in es] + validation), "sets": list(eval_sets), "seeds": config.eval_seeds,
-                "max_new_tokens": config.max_new_tokens, "vocab": vocab, "precision": precision, "device": accelerator.device.type, "teacher": teacher_key}
-    setup = Setup(config, accelerator, tokenizer, teacher, student, vocab, stop_ids(teacher, tokenizer), train, validation, eval_sets, report,
+                "max_new_tokens": config.max_new_tokens, "vocab": vocab, "stops": stops, "precision": precision, "device": accelerator.device.type, "teacher": teacher_key}
+    setup = Setup(config, accelerator, tokenizer, teacher, student, vocab, stops, train, validation, eval_sets, report,
                   {"teacher": settings, "student_start": {**settings, "student": student_key}})
     if config.responses == "teacher": setup.train = teacher_responses(setup)
     torch.manual_seed(config.seed)  # the adapters' start
