@@ -30,6 +30,7 @@ def project(tmp_path_factory, local_models, shared_cache):
     guard = tmp_path_factory.mktemp("guard")
     (guard/"torch").mkdir(); (guard/"torch"/"__init__.py").write_text("raise SystemError('torch was imported')")
     env = {**os.environ, "MGSR_CACHE": str(shared_cache), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython"))}
+    env.pop("MPLBACKEND", None)   # `make test` sets it for figures outside of a kernel; a kernel draws inline by itself
     parameters = tiny_parameters("runs", local_models["llama"][0])
     return SimpleNamespace(root=root, parameters=parameters, env=env, guarded={**env, "PYTHONPATH": str(guard)}, ipython=Path(env["IPYTHONDIR"]))
 
