@@ -6,9 +6,9 @@
 __all__ = ['SUITES', 'training_notebook', 'typed_parameters', 'run_command', 'main', 'results_line']
 
 # %% ../nbs/11_ablation.ipynb #2bb7744d
-import json, os, shutil, sys, tempfile
+import json, os, sys, tempfile
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Sequence
 import click
 from .config import ConfigError, RunConfig, open_run, project_root, resolve, run_name
 

@@ -7,7 +7,6 @@ __all__ = ['rouge_l', 'distinct_n', 'held_out', 'answers', 'score_answers', 'eva
 
 # %% ../nbs/09_evaluation.ipynb #a341e0f3
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Callable, Optional, Sequence
 import torch
 from torch import nn

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .divergences import DIVERGENCES, log_probs
-from .dac_kl import DACKL, FixedClip, LearnedClip, NoClip, SubNetwork
-from .span import RELATIONS, span_distance, pair_weights
+from .dac_kl import DACKL, FixedClip
+from .span import pair_weights, span_distance
 
 # %% ../nbs/06_objective.ipynb #3e53190b
 class Rows(NamedTuple):
