@@ -22,9 +22,9 @@ NBDEV2 := 'nbdev==2.4.14' 'execnb<0.2' 'fastcore<2' 'ghapi<2'
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test export readme nbdev2-check clean
+.PHONY: help install quickstart test export readme nbdev2-check performance gpu-check clean
 help:
-	@echo "make quickstart | test | install | export | readme | nbdev2-check | clean"
+	@echo "make quickstart | test | install | export | readme | nbdev2-check | performance | gpu-check | clean"
 
 install: $(STAMP)
 $(STAMP): $(INSTALL_FILES)
@@ -60,6 +60,16 @@ $(STAMP2): Makefile
 	touch $@
 nbdev2-check: $(STAMP2)
 	$(VENV2)/bin/python tools/check_export.py $(abspath $(VENV2))/bin/nbdev_export
+
+# about 20 minutes on two cores, on a machine that does nothing else; with the peers: .venv/bin/pip install -e '.[bench]'
+performance: $(STAMP)
+	for part in loss growth scrg step; do $(BIN)/python tools/bench.py $$part --out runs/performance/$$part.csv || exit 1; done
+	$(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace nbs/12_performance.ipynb
+	$(BIN)/nbdev-clean
+
+# compares the first losses with the CPU's, runs the quickstart, measures; without CUDA it says so
+gpu-check: $(STAMP)
+	$(BIN)/python tools/gpu_check.py --quickstart --performance
 
 clean:
 	rm -rf $(VENV) $(VENV2) build dist *.egg-info _docs _proc .pytest_cache .hypothesis

@@ -25,7 +25,7 @@ ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite"
 def _number(default, meaning, **bounds): return Field(default, description=meaning, allow_inf_nan=False, **bounds)
 def _choice(default, meaning): return Field(default, description=meaning)
 
-# %% ../nbs/00_config.ipynb #e0702932
+# %% ../nbs/00_config.ipynb #020b13e1
 class RunConfig(BaseModel):
     """All parameters of one run, validated and immutable; the defaults are the `quickstart` preset.
 
@@ -89,6 +89,7 @@ class RunConfig(BaseModel):
     sub_learning_rate: float = _number(1e-2, "learning rate of f_sub", gt=0)
     # span loss, Eq. 9-10
     spans: Literal["phrases", "fixed", "random", "whole"] = _choice("phrases", "noun, verb and prepositional phrases; or other spans, for comparison")
+    chunker: Literal["textblob", "spacy"] = _choice("textblob", "what finds phrases: a lexicon and grammar that are always there, or spaCy with an English model, if installed")
     span_length: int = _number(4, "tokens of a span, for spans fixed", ge=2)
     span_relation: Literal["hadamard", "cosine", "outer"] = _choice("hadamard", "how neighbouring distributions are related")
     # text that the distillation terms see
@@ -119,6 +120,7 @@ class RunConfig(BaseModel):
     eval_prompts: int = _number(32, "prompts of each set; 0: all", ge=0)
     eval_seeds: str = _choice("10", "comma-separated seeds of the sampled generations (the paper: 10,20,30,40,50)")
     eval_batch_size: int = _number(48, "prompts generated together", ge=1)
+    eval_exposure: bool = _choice(False, "also measure exposure bias (ExAccErr), which takes two more passes of both models over sampled texts")
     eval_every: int = _number(10, "steps between validations; 0: only at the end", ge=0)
     select: Literal["last", "nll", "kl", "rouge_l"] = _choice("last", "which weights are the result: the last ones, or the best of the validations by this metric")
     checkpoint_every: int = _number(0, "steps between checkpoints; 0: none", ge=0)
@@ -222,10 +224,10 @@ def _nearest(name, known) -> str:
     close = difflib.get_close_matches(str(name), [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
-# %% ../nbs/00_config.ipynb #83b08429
+# %% ../nbs/00_config.ipynb #c7fd04a8
 # the settings that the paper and the DistiLLM protocol share; 32 sequences a step are 4 GPUs x 8, an epoch is about 13,400 examples or 420 steps
 _paper = dict(data="dolly", max_prompt_tokens=256, max_tokens=512, max_new_tokens=256, batch_size=32, micro_batch_size=8, warmup_steps=0, learning_rate=5e-4, sub_inputs="full",
-              sub_width=256, sub_learning_rate=5e-4, chunk_tokens=1024, eval_prompts=0, eval_seeds="10,20,30,40,50", eval_every=420, checkpoint_every=420, log_every=10, select="rouge_l")
+              sub_width=256, sub_learning_rate=5e-4, chunk_tokens=1024, eval_prompts=0, eval_seeds="10,20,30,40,50", eval_every=420, checkpoint_every=420, log_every=10, select="rouge_l", eval_exposure=True)
 _lora = dict(lora_rank=16, max_steps=4200, teacher_sft_steps=4200)     # 10 epochs, adapters on query and value
 PRESETS = {
     "quickstart": {},
@@ -352,7 +354,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer.writeheader(); writer.writerows(rows)
     write_atomic(path, out.getvalue())
 
-# %% ../nbs/00_config.ipynb #09e206a0
+# %% ../nbs/00_config.ipynb #da3a03d3
 def open_run(config: RunConfig) -> Path:
     """The run's folder, with its config.json written. Raises `ConfigError` if it holds another configuration and `overwrite` is off."""
     root = Path(config.runs_dir)
@@ -364,7 +366,7 @@ def open_run(config: RunConfig) -> Path:
             raise ConfigError(f"run_name: {folder} already holds a run with other parameters (digest {other}, this one {config.digest}); choose another run_name, or set overwrite True")
     if config.overwrite:  # a finished run of the same name must not pass for this one
         for name in ("metrics.json", "log.csv", "samples.jsonl"): (folder/name).unlink(missing_ok=True)
-        for name in ("checkpoints", "student"): shutil.rmtree(folder/name, ignore_errors=True)
+        for name in ("checkpoints", "best", "student"): shutil.rmtree(folder/name, ignore_errors=True)
     write_json(record, {"digest": config.digest, **config.model_dump(exclude={"data_dir", "runs_dir"})})
     return folder
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERIFIED', 'BUILTIN', 'GGUF_NAME', 'GGUF_DIGEST', 'GGUF_INSTALL', 'LAYER', 'cache_dir', 'file_digest', 'artefact',
-           'model_path', 'load_tokenizer', 'load_model', 'base_model', 'hidden_states', 'head_logits', 'check_head',
-           'check_tokenizers', 'shared_vocabulary', 'stop_ids', 'check_sizes', 'truncate', 'block_influence',
-           'choose_layers', 'add_lora', 'save_model', 'resolve_precision']
+           'model_path', 'load_tokenizer', 'load_model', 'base_model', 'decoder', 'head', 'hidden_states',
+           'head_logits', 'check_head', 'check_tokenizers', 'shared_vocabulary', 'stop_ids', 'check_sizes', 'truncate',
+           'block_influence', 'choose_layers', 'add_lora', 'save_model', 'resolve_precision']
 
 # %% ../nbs/02_models.ipynb #3f9d88cc
 import contextlib, hashlib, importlib.util, json, os, re, shutil
@@ -106,20 +106,27 @@ def load_model(name: str = BUILTIN, parameter: str = "teacher"):
     with _explained(name, parameter):
         return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=torch.float32, use_safetensors=True).eval()
 
-# %% ../nbs/02_models.ipynb #9f608b60
+# %% ../nbs/02_models.ipynb #b5b73306
 def base_model(model: nn.Module) -> nn.Module:
     "The `transformers` model inside LoRA's wrapper, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+def decoder(model: nn.Module) -> nn.Module:
+    "The part of a language model below its head: ids to hidden states."
+    base = base_model(model)
+    return getattr(base, base.base_model_prefix)
+
+def head(model: nn.Module) -> nn.Module:
+    "The output layer of a language model: hidden states (..., H) to logits (..., V or more)."
+    return base_model(model).get_output_embeddings()
+
 def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     "Last hidden states (B, T, H) of `batch`; row t is what the head turns into the prediction of token t + 1."
-    base = base_model(model)
-    decoder = getattr(base, base.base_model_prefix)
-    return decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False)[0]
+    return decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False)[0]
 
 def head_logits(model: nn.Module, hidden: torch.Tensor, vocab: int) -> torch.Tensor:
     "Logits (..., vocab) of hidden states (..., H): the ids that teacher and student share."
-    return base_model(model).get_output_embeddings()(hidden)[..., :vocab]
+    return head(model)(hidden)[..., :vocab]
 
 # %% ../nbs/02_models.ipynb #90413380
 @torch.no_grad()
@@ -190,13 +197,11 @@ def truncate(model: nn.Module, keep: list[int]) -> nn.Module:
     student.generation_config = deepcopy(model.generation_config)
     return student.eval()
 
-# %% ../nbs/02_models.ipynb #0fd98d22
+# %% ../nbs/02_models.ipynb #6b0a86fc
 @torch.no_grad()
 def block_influence(model: nn.Module, batch: Batch) -> torch.Tensor:
     "BI of each layer, (layers,): 1 - cosine between its input and its output, mean over the tokens of `batch` (padding left out)."
-    base = base_model(model)
-    decoder = getattr(base, base.base_model_prefix)
-    states = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False, output_hidden_states=True).hidden_states
+    states = decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False, output_hidden_states=True).hidden_states
     real = batch.attention_mask.bool()
     return torch.stack([1 - torch.cosine_similarity(a[real].float(), b[real].float(), dim=-1).mean() for a, b in zip(states, states[1:])])
 

@@ -5,11 +5,11 @@ from typing import Literal, get_args, get_origin
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 from mgsr_nb import config as C
-from mgsr_nb.config import (ELSEWHERE, PRESETS, ConfigError, RunConfig, finished, from_notebook, open_run, parameter_table, project_root, resolve, run_name,
+from mgsr_nb.config import (ELSEWHERE, METHODS, PRESETS, ConfigError, RunConfig, finished, from_notebook, open_run, parameter_table, project_root, resolve, run_name,
                             write_atomic, write_csv, write_json)
 
 FIELDS = RunConfig.model_fields
-OTHER = {  # for every field another allowed value (with what it needs)
+OTHER = {  # for every field another allowed value
     "method": "mgsr_off_policy", "responses": "teacher", "threshold_start": 0.5, "buffer_size": 50,
     "preset": "gpt2-dolly", "run_name": "mine", "runs_dir": "elsewhere", "overwrite": True, "seed": 1, "teacher": "gpt2", "teacher_sft_steps": 0, "student": "opt",
     "student_layers": 10, "layer_choice": "even", "lora_rank": 4, "lora_alpha": 1.0, "lora_dropout": 0.0, "precision": "float32", "data": "dolly", "data_dir": ".",
@@ -19,7 +19,12 @@ OTHER = {  # for every field another allowed value (with what it needs)
     "sub_learning_rate": 0.1, "spans": "whole", "span_length": 2, "span_relation": "outer", "sampling": "mixed", "mixed_fraction": 0.0, "max_new_tokens": 1, "scrg": False,
     "scrg_corrections": 3, "scrg_direction": "teacher_student", "scrg_teacher_token": "greedy", "max_steps": 1, "batch_size": 6, "micro_batch_size": 2, "chunk_tokens": 1,
     "learning_rate": 1e-5, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 5.0, "eval_sets": "tiny,dolly", "eval_prompts": 0, "eval_seeds": "10,20",
-    "eval_batch_size": 1, "eval_every": 0, "checkpoint_every": 5, "log_every": 5, "save_student": False}
+    "eval_batch_size": 1, "eval_every": 0, "checkpoint_every": 5, "log_every": 5, "save_student": False,
+    "dry_run": True, "student_sft_steps": 7, "frozen_precision": "float32", "pg_weight": 0.5, "pg_clip": 0.1, "pg_single_step": False, "pg_length_norm": False, "teacher_mix": 0.2,
+    "scrg_detect": "random", "scrg_threshold": 0.5, "eval_exposure": True, "select": "nll"}
+NEEDS = {"pg_weight": {"scrg": False}}   # what a value of OTHER cannot do without
+
+def with_needs(name): return {**NEEDS.get(name, {}), name: OTHER[name]}
 
 def refusal(*args, **params) -> str:
     with pytest.raises(ConfigError) as e: resolve(*args, **params)
@@ -28,7 +33,8 @@ def refusal(*args, **params) -> str:
 def test_the_table_of_other_values_is_whole_and_allowed():
     assert OTHER.keys() == FIELDS.keys()
     for name, value in OTHER.items():
-        assert value != FIELDS[name].default and getattr(resolve({name: value}), name) == value
+        assert value != FIELDS[name].default and getattr(resolve(with_needs(name)), name) == value
+    for name in NEEDS: refusal({name: OTHER[name]})
 
 # --- what is refused
 
@@ -38,10 +44,11 @@ def test_the_table_of_other_values_is_whole_and_allowed():
     (dict(dac_weight="high"), ["dac_weight: got 'high' (str)", "allowed: a number >= 0"]),
     (dict(dac_weight=-1), ["dac_weight: got -1 (int)", "allowed: a number >= 0"]),
     (dict(clip_upper=0.1, clip_lower=0.9), ["clip_lower: 0.9 is not below clip_upper: 0.1", "allowed: 0 <= clip_lower < clip_upper <= 1"]),
-    (dict(preset="nope"), ["preset: got 'nope'", "allowed: one of quickstart, smollm2-dolly, gpt2-dolly"]),
+    (dict(preset="nope"), ["preset: got 'nope'", "allowed: one of quickstart, smollm2-dolly, gpt2-dolly, opt-dolly, openllama-dolly, llama2-dolly, qwen-dolly"]),
+    (dict(method="nope"), ["method: got 'nope'", "allowed: one of mgsr, mgsr_off_policy, sft, kd, seqkd, seqkd_kd, imitkd, gkd, minillm, distillm, distillm_forward"]),
     (dict(scrg="true"), ["scrg: got 'true' (str)", "allowed: True or False"]),
     (dict(clip_upper="high"), ["clip_upper: got 'high' (str)", "allowed: a number >= 0 and <= 1"]),
-], ids=["typo", "word", "negative", "limits", "preset", "string", "optional"])
+], ids=["typo", "word", "negative", "limits", "preset", "method", "string", "optional"])
 def test_pitfall_42_the_bad_inputs_of_a_command_line_are_refused_in_words(params, words):
     message = refusal(params)
     assert message.startswith(words[0])
@@ -49,7 +56,9 @@ def test_pitfall_42_the_bad_inputs_of_a_command_line_are_refused_in_words(params
 
 @pytest.mark.parametrize("params,nearest", [
     (dict(preset="quickstar"), "quickstart"), (dict(clip="fixed_quantiles"), "fixed_quantile"), (dict(sampling="on-policy"), "on_policy"), (dict(kd_loss="forward-kl"), "forward_kl"),
-    (dict(eval_sets="tiny,self-inst"), "self_inst"), (dict(remainder="renormalize"), "renormalise"), (dict(learning_rates=0.1), "learning_rate")])
+    (dict(eval_sets="tiny,self-inst"), "self_inst"), (dict(preset="opt_dolly"), "opt-dolly"), (dict(preset="llama-dolly"), "llama2-dolly"), (dict(method="minilm"), "minillm"),
+    (dict(scrg_detect="maxkl"), "max_kl"), (dict(select="rougel"), "rouge_l"), (dict(frozen_precision="bfloat"), "bfloat16"), (dict(pg_wieght=1.0), "pg_weight"),
+    (dict(remainder="renormalize"), "renormalise"), (dict(learning_rates=0.1), "learning_rate")])
 def test_the_nearest_name_is_offered(params, nearest):
     assert f"(did you mean {nearest!r}?)" in refusal(params)
 
@@ -89,7 +98,7 @@ def bad_values(name):
     if int in kinds: return no_value | st.booleans() | st.floats() | st.text() | st.sampled_from([*outside(field, True), *([10**400] if "lt" in bounds_of(field) else [])])
     if float in kinds:
         return no_value | st.booleans() | st.text() | st.sampled_from([math.nan, math.inf, -math.inf, *outside(field, False)])
-    special = {"preset": no_value | st.text().filter(lambda s: s not in PRESETS) | st.integers(),
+    special = {"preset": no_value | st.text().filter(lambda s: s not in PRESETS) | st.integers(), "method": no_value | st.text().filter(lambda s: s not in METHODS) | st.integers(),
                "run_name": no_value | st.integers() | st.sampled_from(["..", "a/../b", "/a", "a/", "a//b", "a b", "~", "a\\b", "a\n", "a\0", "..a"]),
                "data_dir": no_value | st.integers() | st.sampled_from(["no/such/folder", __file__, "\0"]),
                "eval_sets": st.floats() | st.booleans() | st.none() | st.integers() | st.sampled_from(["", "tiny,", "Tiny", "auto,tiny", "tiny;dolly", ["tiny", 3]]),
@@ -115,13 +124,20 @@ def test_pitfall_42_any_unknown_name_is_refused(name, value):
 @pytest.mark.parametrize("params,name", [
     (dict(scrg=True, sampling="fixed"), "scrg"), (dict(sft_weight=0, dac_weight=0, span_weight=0), "sft_weight"), (dict(max_prompt_tokens=200, max_tokens=200), "max_prompt_tokens"),
     (dict(batch_size=6, micro_batch_size=7), "micro_batch_size"), (dict(target_class="none", dac_classes="target"), "target_class"), (dict(clip_upper=0.05), "clip_lower"), (dict(clip_lower=0.95), "clip_lower"), (dict(clip_upper=0.5, clip_lower=0.5), "clip_lower"),
-    (dict(clip="fixed_percentile", clip_lower=0.9), "clip_lower")])
+    (dict(clip="fixed_percentile", clip_lower=0.9), "clip_lower"),
+    (dict(pg_weight=1.0), "pg_weight"), (dict(pg_weight=0.1, scrg=False, sampling="fixed"), "pg_weight"), (dict(pg_weight=0.1, scrg=False, sampling="mixed"), "pg_weight"),
+    (dict(pg_weight=0.1, scrg=False, sampling="off_policy"), "pg_weight"), (dict(pg_weight=0.1, scrg=True, sampling="mixed"), "pg_weight"), (dict(method="minillm", scrg=True), "pg_weight"),
+    (dict(teacher_mix=0.2, scrg=False, sampling="fixed"), "teacher_mix"), (dict(method="minillm", sampling="off_policy"), "pg_weight"),
+    (dict(select="nll", eval_every=0), "select"), (dict(select="kl", eval_every=0), "select"), (dict(select="rouge_l", eval_every=0), "select"),
+    (dict(preset="gpt2-dolly", eval_every=0), "select"), (dict(sampling="off_policy", buffer_size=3), "buffer_size")])
 def test_parameters_that_do_not_fit_together_are_refused(params, name):
     message = refusal(params)
     assert message.startswith(name) and set(params) & {w.strip(":,;") for w in message.split()}
 
 @pytest.mark.parametrize("params", [dict(scrg=False, sampling="fixed"), dict(sft_weight=0, dac_weight=0, span_weight=0, kd_weight=0.1), dict(max_prompt_tokens=199, max_tokens=200),
                                     dict(batch_size=6, micro_batch_size=6), dict(target_class="none", dac_classes="dense"), dict(target_class="once", dac_classes="target"),
+                                    dict(pg_weight=1.0, scrg=False), dict(teacher_mix=0.2, scrg=False, sampling="mixed"), dict(teacher_mix=0.2, sampling="off_policy"), dict(teacher_mix=0.2),
+                                    dict(pg_weight=0.0, sampling="mixed"), dict(select="nll", eval_every=1), dict(select="last", eval_every=0), dict(teacher_mix=0.0, sampling="fixed", scrg=False),
                                     dict(clip="fixed_percentile", clip_lower=0.89), dict(clip="fixed_quantile", clip_lower=0.94), dict(clip_upper=1, clip_lower=0)])
 def test_their_neighbours_are_allowed(params): resolve(params)
 
@@ -147,9 +163,9 @@ def test_limits_fill_in_the_users_two_fixed_clippings():
     assert resolve(clip="fixed_quantile").limits == (0.95, 0.05) == resolve().limits and resolve(clip="fixed_percentile").limits == (0.90, 0.10)
     assert resolve(clip="fixed_percentile", clip_upper=0.8, clip_lower=0).limits == (0.8, 0)
 
-@pytest.mark.parametrize("weights,distils", [((1, 0, 0, 0), False), ((0, 1, 0, 0), True), ((0, 0, 1, 0), True), ((0, 0, 0, 1), True)])
+@pytest.mark.parametrize("weights,distils", [((1, 0, 0, 0, 0), False), ((0, 1, 0, 0, 0), True), ((0, 0, 1, 0, 0), True), ((0, 0, 0, 1, 0), True), ((0, 0, 0, 0, 1), True)])
 def test_distils(weights, distils):
-    assert resolve(dict(zip(("sft_weight", "dac_weight", "span_weight", "kd_weight"), weights))).distils is distils
+    assert resolve(dict(zip(("sft_weight", "dac_weight", "span_weight", "kd_weight", "pg_weight"), weights)), scrg=False).distils is distils
 
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(ValueError): resolve().dac_weight = 0.5
@@ -174,6 +190,16 @@ def test_the_papers_preset():
     assert (c.learning_rate, c.weight_decay, c.max_grad_norm, c.max_prompt_tokens, c.max_tokens, c.eval_seed_list) == (5e-4, 0.01, 1.0, 256, 512, [10, 20, 30, 40, 50])
     assert (c.sft_weight, c.dac_weight, c.span_weight, c.lora_alpha, c.lora_dropout, c.clip, c.sub_inputs, c.scrg) == (1, 1, 1, 64, 0.1, "learned", "full", True)
 
+@pytest.mark.parametrize("preset,teacher,student", [
+    ("gpt2-dolly", "openai-community/gpt2-xl", "openai-community/gpt2"), ("opt-dolly", "facebook/opt-6.7b", "facebook/opt-1.3b"),
+    ("openllama-dolly", "openlm-research/open_llama_7b_v2", "openlm-research/open_llama_3b_v2"), ("llama2-dolly", "meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-7b-hf")])
+def test_the_papers_pairs(preset, teacher, student):
+    "GPT-2 trains all weights for 20 epochs, the larger ones adapters of rank 16 for 10."
+    c = resolve(preset=preset)
+    assert (c.teacher, c.student, c.data, c.select, c.eval_exposure, c.eval_seed_list) == (teacher, student, "dolly", "rouge_l", True, [10, 20, 30, 40, 50])
+    assert (c.lora_rank, c.max_steps) == ((0, 8400) if preset == "gpt2-dolly" else (16, 4200)) and (c.lora_alpha, c.lora_dropout, c.batch_size) == (64, 0.1, 32)
+    assert c.eval_every > 0 and c.max_steps % c.eval_every == 0
+
 # --- choices agree with the modules that implement them
 
 def test_choices_are_those_of_the_modules():
@@ -190,6 +216,13 @@ def test_every_choice_of_f_sub_and_the_teachers_token_is_one_of_the_modules():
     from mgsr_nb.scrg import Scorer
     greedy = {kind: Scorer(None, None, 0, 5, teacher_token=kind).greedy for kind in get_args(FIELDS["scrg_teacher_token"].annotation)}
     assert greedy == {"sample": False, "greedy": True}
+
+def test_every_detector_is_one_of_the_modules():
+    from mgsr_nb import scrg
+    from mgsr_nb.training import make_detector
+    made = {kind: type(make_detector(resolve(scrg_detect=kind))) for kind in get_args(FIELDS["scrg_detect"].annotation)}
+    assert made == {"max_kl": scrg.MaxKL, "threshold": scrg.FirstAbove, "random": scrg.AnyDifference}
+    assert make_detector(resolve(scrg_detect="threshold", scrg_threshold=0.3)).threshold == 0.3
 
 def test_the_table_has_a_row_for_each_parameter():
     rows = parameter_table().splitlines()[2:]
@@ -224,7 +257,7 @@ def test_pitfall_42_what_papermill_only_warns_about_is_refused(cell, words):
 @pytest.mark.pitfall(42)
 @pytest.mark.parametrize("name", [n for n in FIELDS if n != "run_name"])
 def test_pitfall_42_every_parameter_can_be_injected(name):
-    assert getattr(notebook(f"{name} = {OTHER[name]!r}"), name) == OTHER[name]
+    assert getattr(notebook("\n".join(f"{n} = {v!r}" for n, v in with_needs(name).items())), name) == OTHER[name]
 
 def test_an_injected_default_wins_over_the_preset():
     assert notebook("preset = 'smollm2-dolly'").max_steps == 120
@@ -270,7 +303,7 @@ def test_it_reads_what_ipython_keeps():
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_the_digest_changes_with_what_is_computed_and_only_with_that(name):
-    base, other = RunConfig(), RunConfig(**{name: OTHER[name]})
+    base, other = RunConfig(**NEEDS.get(name, {})), RunConfig(**with_needs(name))
     assert (base.digest == other.digest) == (name in ELSEWHERE)
     if name not in ELSEWHERE: assert run_name(base) != run_name(other)
 
@@ -284,7 +317,7 @@ def allowed_values(name):
     field, b = FIELDS[name], bounds_of(FIELDS[name])
     kinds = get_args(field.annotation) or (field.annotation,)
     if get_origin(field.annotation) is Literal: return st.sampled_from(kinds)
-    if name == "preset": return st.sampled_from(list(PRESETS))
+    if name in ("preset", "method"): return st.sampled_from(list(PRESETS if name == "preset" else METHODS))
     if name in ("teacher", "student"): return st.from_regex(r"[a-z0-9.-]{1,40}", fullmatch=True)
     if name == "eval_sets": return st.lists(st.sampled_from(C.EVAL_SET_NAMES), min_size=1, max_size=4)
     if name == "eval_seeds": return st.lists(st.integers(0, 99), min_size=1, max_size=5)
@@ -303,7 +336,7 @@ def test_different_configurations_never_share_a_name(first, change):
     try: a, b = resolve(first), resolve({**first, **change})
     except ConfigError: assume(False)
     if a.digest != b.digest: assert run_name(a) != run_name(b)
-    elif a.preset == b.preset: assert run_name(a) == run_name(b)
+    elif (a.preset, a.method) == (b.preset, b.method): assert run_name(a) == run_name(b)
     for c in (a, b): assert len(run_name(c)) <= 120 and "/" not in run_name(c)
 
 @pytest.mark.parametrize("a,b", [(dict(teacher="a/b"), dict(teacher="a_b")), (dict(teacher="x,student_layers=3"), dict(teacher="x", student_layers=3)),

@@ -1,11 +1,13 @@
-"""Evaluation: ROUGE-L on cases that a reader can count, answers in their order, sampling as the paper does it, and held-out numbers against a plain loop."""
+"""Evaluation: ROUGE-L on cases that a reader can count, answers in their order, sampling as the paper does it, losses of every token and
+the excess accumulated error against plain loops."""
 import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from tiny_models import EOS, KINDS, PAD, tiny_model
 from mgsr_nb.config import PRESETS, resolve
 from mgsr_nb.data import Encoded, Example
-from mgsr_nb.evaluation import answers, distinct_n, evaluate, held_out, rouge_l, score_answers
+from mgsr_nb.evaluation import (accumulated_error, answers, distinct_n, evaluate, excess_error, excess_errors, exposure, held_out, repetition, rouge_l, score_answers,
+                                token_losses, usable_length, written)
 from mgsr_nb.sampling import generator_for, sampler
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -56,6 +58,26 @@ def test_distinct_n_by_hand():
     assert distinct_n([], 1) == 0 and distinct_n(["", " "], 1) == 0
     assert distinct_n(["a b", "c"], 2) == 1      # no n-gram goes from one text to the next
 
+@pytest.mark.parametrize("texts,n,rate", [
+    (["a b c d a b c d"], 4, 1 - 4 / 5),                            # abcd, bcda, cdab, dabc, abcd
+    (["A b", "a B a b"], 2, (0 + 1 - 2 / 3) / 2),                   # lower case; each text alone, then the mean
+    (["the cat sat down"] * 3, 4, 0),                               # the same text thrice repeats nothing within a text
+    (["x x x x x x x x", "x x"], 2, (6 / 7 + 0) / 2),               # texts of different length weigh the same
+    (["a b c", "", "a a a a a"], 4, (0 + 0 + 1 / 2) / 3),           # too short for an n-gram: 0, and counted
+    ([], 4, 0)])
+def test_repetition_by_hand(texts, n, rate): assert repetition(texts, n) == pytest.approx(rate, abs=1e-12)
+
+def test_repetition_counts_four_words_unless_told_otherwise_and_stands_beside_distinct():
+    texts = ["a b a b a b", "a b c d", "", "w w w w w", "x", "y", "z"]
+    rates = (1 / 3 + 0 + 0 + 1 / 2) / 7
+    assert repetition(texts) == pytest.approx(rates)
+    assert score_answers(texts, [e.example for e in encoded()])["repetition_4"] == pytest.approx(rates)
+
+def test_repetition_is_averaged_over_the_seeds():
+    def sample(prompts, keys, limits): return [[5] * 8 if k[0] == 10 else [6, 7, 8, 9] for k in keys]
+    metrics, _ = evaluate(tiny_model("gpt2"), None, {"a": encoded()}, sample, Words(), V, [10, 20], NEW)
+    assert metrics["a"]["repetition_4"] == pytest.approx((4 / 5 + 0) / 2)
+
 # --- answers: number, order, empty ones
 
 def tell(prompts, keys, limits):
@@ -72,6 +94,14 @@ def test_pitfall_38_each_answer_stands_where_its_prompt_stood(batch_size):
     found = answers(sample, encoded(), Words(), 10, NEW, batch_size)
     assert found == ["  ".join(f"w{i}" for i in p) for p in PROMPTS]
     assert sorted(k[-1] for k, _ in asked) == list(range(7)) and len({k for k, _ in asked}) == 7 and {n for _, n in asked} == {NEW}
+
+@pytest.mark.pitfall(38)
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_pitfall_38_written_ids_stand_where_their_prompt_stood_and_keep_their_stop(batch_size):
+    examples = encoded()
+    found = written(tell, examples, 10, NEW, batch_size)
+    assert found == [[*p, EOS] for p in PROMPTS]
+    assert answers(tell, examples, Words(), 10, NEW, batch_size) == [Words().decode(ids, skip_special_tokens=True).strip() for ids in found]
 
 @pytest.mark.pitfall(38)
 def test_pitfall_38_an_empty_prediction_scores_zero_and_is_counted():
@@ -180,3 +210,189 @@ def test_a_model_is_at_no_distance_from_itself_and_leaves_evaluation_as_it_came(
     assert all(p.grad is None for p in model.parameters())
 
 def test_no_examples_give_zero_tokens(): assert held_out(tiny_model("gpt2"), None, [], PAD, V) == {"nll": 0., "tokens": 0}
+
+# --- the losses of every token
+
+def naive_kl(student, teacher, prompt, response):
+    "Token by token, each from a forward pass over nothing but what stands before it."
+    found = []
+    for t in range(len(response)):
+        ids = torch.tensor([[*prompt, *response[:t]]])
+        with torch.no_grad(): q, p = (m(input_ids=ids).logits[0, -1, :V].softmax(-1) for m in (student, teacher))
+        found.append(sum(float(p[k]) * math.log(p[k] / q[k]) for k in range(V)))
+    return found
+
+def two_models(kind="llama", dtype=torch.float64): return tiny_model(kind, dtype=dtype, seed=1), tiny_model(kind, 3, vocab=V + 4, dtype=dtype, seed=2)
+
+@every_kind
+def test_token_losses_are_those_of_a_naive_loop_token_by_token(kind):
+    student, teacher = two_models(kind)
+    pairs = list(zip(PROMPTS, [*RESPONSES[:5], [], RESPONSES[6]]))      # one response is empty
+    expected = [naive_kl(student, teacher, *pair) for pair in pairs]
+    for batch_size, chunk in ((1, 1), (2, 7), (3, 256), (16, 5)):
+        nll, kl = token_losses(student, teacher, pairs, PAD, V, batch_size, chunk)
+        assert [k.tolist() for k in kl] == [pytest.approx(e, rel=1e-9) for e in expected]
+        for (prompt, response), found in zip(pairs, nll):
+            with torch.no_grad(): logs = student(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            assert found.tolist() == pytest.approx([-logs[len(prompt) - 1 + t, i].item() for t, i in enumerate(response)], rel=1e-9)
+
+def test_token_losses_without_a_teacher_without_pairs_without_tokens():
+    student, teacher = two_models()
+    alone = token_losses(student, None, list(zip(PROMPTS, RESPONSES)), PAD, V)
+    assert len(alone) == 1 and [x.tolist() for x in alone[0]] == [x.tolist() for x in token_losses(student, teacher, list(zip(PROMPTS, RESPONSES)), PAD, V)[0]]
+    assert token_losses(student, teacher, [], PAD, V) == [[], []]
+    assert [[x.tolist() for x in each] for each in token_losses(student, teacher, [([3, 4], []), ([5], [])], PAD, V)] == [[[], []]] * 2
+
+def test_token_losses_are_float64_whatever_the_models_are_and_leave_them_as_they_came():
+    student, teacher = two_models("gpt2", torch.float32)
+    expected = token_losses(student, teacher, list(zip(PROMPTS, RESPONSES)), PAD, V)
+    student.train()
+    losses = token_losses(student, teacher, list(zip(PROMPTS, RESPONSES)), PAD, V)
+    assert [[x.tolist() for x in each] for each in losses] == [[x.tolist() for x in each] for each in expected]     # no dropout
+    assert {x.dtype for each in losses for x in each} == {torch.float64} and student.training and not teacher.training
+    assert all(not x.requires_grad for each in losses for x in each)
+
+def test_the_head_never_sees_more_rows_than_a_chunk():
+    student, teacher = two_models()
+    rows = []
+    for m in (student, teacher): m.get_output_embeddings().register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    token_losses(student, teacher, list(zip(PROMPTS, RESPONSES)), PAD, V, batch_size=16, chunk_tokens=5)
+    tokens = sum(map(len, RESPONSES))
+    assert max(rows) == 5 and sum(rows) == 2 * tokens       # each row once for each model
+
+# --- the excess accumulated error
+
+lists = st.lists(st.lists(st.floats(0, 5), max_size=6), min_size=1, max_size=5).filter(lambda kls: max(map(len, kls)) > 0)
+
+def naive_accumulated(kls, length):
+    total, found = 0., []
+    for t in range(length):
+        there = [k[t] for k in kls if len(k) > t]
+        total += sum(there) / len(there)
+        found.append(total)
+    return found
+
+@settings(max_examples=100, deadline=None)
+@given(lists)
+def test_accumulated_error_equals_a_naive_loop(kls):
+    longest = max(map(len, kls))
+    assert accumulated_error(kls, longest).tolist() == pytest.approx(naive_accumulated(kls, longest), abs=1e-12)
+    assert accumulated_error([torch.tensor(k, dtype=torch.float64) for k in reversed(kls)], longest).tolist() == pytest.approx(naive_accumulated(kls, longest), abs=1e-12)
+
+@pytest.mark.parametrize("student,teacher,length,percent", [
+    ([[1, 3]], [[1, 1]], 2, 100), ([[1, 3]], [[1, 1]], 1, 0),
+    ([[1, 3], [1]], [[1, 1], [1, 1]], 2, 100),              # the ended response is left out; counted as 0 it would be 25
+    ([[1, 1]], [[1, 3], [1]], 2, -50),                      # in the teacher's text as well
+    ([[2], [4, 1, 1]], [[1, 1, 1]], 3, 100 * (5 - 3) / 3),
+    ([[1, 1, 9]], [[1, 1, 1]], 2, 0)])                      # what stands after `length` does not count
+def test_excess_error_by_hand(student, teacher, length, percent):
+    assert excess_error(student, teacher, length) == pytest.approx(percent, abs=1e-12)
+    assert excess_errors(student, teacher, length)[-1] == pytest.approx(percent, abs=1e-12) and len(excess_errors(student, teacher, length)) == length
+
+@settings(max_examples=100, deadline=None)
+@given(lists)
+def test_the_same_text_has_no_excess_and_more_error_on_the_own_text_has_more(kls):
+    longest = max(map(len, kls))
+    assert excess_errors(kls, kls, longest).tolist() == [0] * longest
+    teachers = [[k + 0.5 for k in response] for response in kls]
+    found = [excess_error([[k * c + 0.5 for k in response] for response in kls], teachers, longest) for c in (0, 1, 2, 4)]
+    assert found[1] == 0 and found == sorted(found)
+    if any(k > 1e-6 for response in kls for k in response): assert found[0] < 0 < found[2] < found[3]
+    more = [[k + 0.5 + (t == longest - 1) for t, k in enumerate(response)] for response in kls]      # a nat more at the last position
+    assert excess_error(more, teachers, longest) == pytest.approx(100 / accumulated_error(teachers, longest)[-1].item())
+
+@settings(max_examples=50, deadline=None)
+@given(lists, st.floats(0.01, 100))
+def test_the_unit_of_the_error_does_not_count(kls, c):
+    longest, student = max(map(len, kls)), [[k + 1 for k in response] for response in kls]
+    teacher = [[0.5 + t for t in range(longest)]]
+    scaled = [[[k * c for k in response] for response in text] for text in (student, teacher)]
+    assert excess_error(*scaled, longest) == pytest.approx(excess_error(student, teacher, longest), rel=1e-9, abs=1e-9)
+
+def test_zero_over_zero_is_no_excess_and_something_over_zero_is_infinite():
+    assert excess_error([[0, 0], [0]], [[0, 0]], 2) == 0
+    assert excess_errors([[0, 1]], [[0, 0]], 2).tolist() == [0, math.inf]
+    assert excess_error([[0, 1, 1]], [[0, 0, 1]], 3) == 100
+    assert excess_error([], [], 0) == excess_error([[1]], [[2]], 0) == 0
+
+def test_accumulated_error_adds_in_float64():
+    assert accumulated_error([torch.tensor([2. ** 24, 1.])], 2).tolist() == [2 ** 24, 2 ** 24 + 1]      # float32 loses the 1
+    assert accumulated_error([torch.tensor([2. ** 24]), torch.tensor([1.])], 1).tolist() == [(2 ** 24 + 1) / 2]
+
+@pytest.mark.parametrize("kls,length", [([[1, 2], [3]], 3), ([[1, 2]], -1), ([], 1), ([[]], 1)])
+def test_a_length_that_no_response_has_is_an_error(kls, length):
+    with pytest.raises(ValueError, match=f"length {length};.*responses has"): accumulated_error(kls, length)
+    if length > 0:
+        for texts in ((kls, [[1] * 9]), ([[1] * 9], kls)):
+            with pytest.raises(ValueError, match=f"length {length};"): excess_error(*texts, length)
+
+def test_a_nan_is_not_hidden(): assert math.isnan(excess_error([[1, math.nan], [1, 1]], [[1, 1]], 2))
+
+@pytest.mark.parametrize("lengths,usable", [([[4]], 4), ([[5, 3]], 5), ([[5, 3, 2]], 3), ([[2, 9, 4, 7]], 7), ([[9, 1, 1]], 1), ([[9, 9, 0, 0, 0]], 0),
+                                            ([[5, 5], [3, 2]], 3), ([[3, 2], [5, 5]], 3), ([[]], 0), ([[4], []], 0), ([], 0)])
+def test_the_usable_length_is_reached_by_half_of_both(lengths, usable):
+    assert usable_length(*[[[7] * n for n in text] for text in lengths]) == usable
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=15))
+def test_the_usable_length_is_the_largest(lengths):
+    found = usable_length([[0] * n for n in lengths])
+    assert 2 * sum(n >= found for n in lengths) >= len(lengths) > 2 * sum(n >= found + 1 for n in lengths)
+
+# --- ... of models
+
+def both_texts(student, teacher, seed=10): return [written(sampler(m, [EOS], PAD, V), encoded(), seed, NEW) for m in (student, teacher)]
+
+@every_kind
+def test_the_excess_error_of_models_equals_a_naive_loop(kind):
+    student, teacher = two_models(kind)
+    texts = both_texts(student, teacher)
+    length = min(sorted(map(len, text))[3] for text in texts)       # the middle one of seven: four reach it
+    ours, theirs = ([naive_kl(student, teacher, p, r) for p, r in zip(PROMPTS, text)] for text in texts)
+    expected = [0 if a == b else 100 * (a - b) / b for a, b in zip(naive_accumulated(ours, length), naive_accumulated(theirs, length))]
+    assert length > 1 and abs(expected[-1]) > 0.1
+    for batch_size, chunk in ((1, 3), (3, 256)):
+        found = exposure(student, teacher, encoded(), *texts, PAD, V, batch_size, chunk)
+        assert found["excess_error_length"] == length and found["excess_error"] == pytest.approx(expected[-1], rel=1e-8)
+        assert found["excess_error_curve"] == pytest.approx(expected, abs=2e-3) and found["excess_error_curve"][0] == 0      # the first token follows the same prompt
+
+@every_kind
+def test_equal_models_have_no_excess_on_any_text(kind):
+    student, teacher = two_models(kind, torch.float32)
+    texts = both_texts(student, teacher)
+    assert texts[0] != texts[1]
+    nothing = exposure(teacher, teacher, encoded(), *texts, PAD, V)
+    assert nothing["excess_error"] == 0 and set(nothing["excess_error_curve"]) == {0}
+    same = exposure(student, teacher, encoded(), texts[0], texts[0], PAD, V)
+    assert same["excess_error"] == 0 and set(same["excess_error_curve"]) == {0} and same["excess_error_length"] > 1
+
+def test_no_examples_have_no_excess():
+    assert exposure(*two_models(), [], [], [], PAD, V) == {"excess_error": 0, "excess_error_length": 0, "excess_error_curve": []}
+
+def test_evaluate_gives_the_ids_of_the_first_seed_and_takes_the_teachers():
+    student, teacher = two_models()
+    sets = {"a": encoded(), "b": encoded()[2:5]}
+    of = lambda m, **k: evaluate(m, teacher, sets, sampler(m, [EOS], PAD, V), Words(), V, [20, 10], NEW, batch_size=3, **k)
+    _, _, teachers = of(teacher, with_ids=True)
+    assert teachers == {s: written(sampler(teacher, [EOS], PAD, V), es, 20, NEW) for s, es in sets.items()} != {s: written(sampler(teacher, [EOS], PAD, V), es, 10, NEW) for s, es in sets.items()}
+    plain, records = of(student)                                    # two results unless asked for three
+    with_text, records_with, students = of(student, teacher_text=teachers, with_ids=True)
+    assert records_with == records and students["a"] == written(sampler(student, [EOS], PAD, V), sets["a"], 20, NEW)
+    for name, examples in sets.items():
+        new = exposure(student, teacher, examples, students[name], teachers[name], PAD, V)
+        assert set(new) == {"excess_error", "excess_error_length", "excess_error_curve"} and not set(new) & set(plain[name])
+        assert with_text[name]["excess_error"] == pytest.approx(new["excess_error"]) and abs(new["excess_error"]) > 1
+        assert {k: v for k, v in with_text[name].items() if k not in new} == plain[name]
+
+def test_the_teachers_own_text_has_no_excess():
+    student, teacher = two_models()
+    of = lambda **k: evaluate(teacher, teacher, {"a": encoded()}, sampler(teacher, [EOS], PAD, V), Words(), V, [10], NEW, **k)
+    metrics, _ = of(teacher_text=of(with_ids=True)[2])
+    assert metrics["a"]["excess_error"] == 0 and metrics["a"]["kl"] == 0
+
+@pytest.mark.parametrize("text,message", [({"a": RESPONSES[:6]}, "6 responses for the 7 examples of 'a'"), ({"b": RESPONSES}, "0 responses for the 7 examples of 'a'"), (None, "without the teacher")])
+def test_a_teachers_text_that_does_not_fit_is_refused_before_anything_is_sampled(text, message):
+    def sample(*_): raise AssertionError("sampled")
+    student, teacher = two_models()
+    with pytest.raises(ValueError, match=message):
+        evaluate(student, None if text is None else teacher, {"a": encoded()}, sample, Words(), V, [10], NEW, teacher_text=text or {"a": RESPONSES})

@@ -5,8 +5,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from tiny_models import EOS, KINDS, PAD, tiny_model
 from mgsr_nb import sampling as S
-from mgsr_nb.data import Encoded, Example
-from mgsr_nb.sampling import Fixed, Mixed, OnPolicy, draw_tokens, evaluating, generate, generator_for, noise, sampler
+from mgsr_nb.data import Encoded, Example, collate, supervised
+from mgsr_nb.models import add_lora, base_model, decoder, hidden_states
+from mgsr_nb.sampling import Fixed, Mixed, OnPolicy, Reading, draw_tokens, evaluating, generate, generator_for, noise, sampler
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 V = 60
@@ -174,6 +175,95 @@ def test_the_prompts_are_not_changed():
     generate(tiny_model("gpt2"), prompts, KEYS, [5] * 8, [EOS], PAD, V)
     assert prompts == PROMPTS
 
+# --- teacher-mixed sampling
+
+MIXED_LIMITS = [1, 1, 2, 30, 3, 30, 7, 18]
+
+def teacher(kind, **options): return tiny_model(kind, 3, seed=5, **options)
+
+def mixed(model, other, alpha, rows=range(len(PROMPTS)), limits=12, stops=(EOS,), vocab=V):
+    limits = [limits] * len(PROMPTS) if isinstance(limits, int) else limits
+    return generate(model, [PROMPTS[b] for b in rows], [KEYS[b] for b in rows], [limits[b] for b in rows], stops, PAD, vocab, mix=(other, alpha))
+
+def naive_mixture(model, other, alpha, prompt, key, limit, stops=(EOS,), vocab=V):
+    "As `naive`, from alpha p + (1 - alpha) q in probability space."
+    generator, ids = generator_for(*key), []
+    while len(ids) < limit and not (ids and ids[-1] in stops):
+        with torch.no_grad(): q, p = (m(input_ids=torch.tensor([prompt + ids])).logits[0, -1, :vocab].double().softmax(-1) for m in (model, other))
+        ids.append(int((-torch.rand(vocab, generator=generator).log() / (alpha * p + (1 - alpha) * q)).argmin()))
+    return ids
+
+@pytest.mark.parametrize("kinds", [*zip(KINDS, KINDS), ("gpt2", "llama")])
+def test_mixed_text_equals_a_naive_loop_without_cache_and_padding(kinds):
+    model, other = tiny_model(kinds[0]), teacher(kinds[1])
+    for alpha in (0.2, 0.7):
+        texts = mixed(model, other, alpha)
+        assert texts == [naive_mixture(model, other, alpha, p, k, 12) for p, k in zip(PROMPTS, KEYS)]
+        assert texts != run(model) and texts != run(other) and texts != mixed(other, model, alpha)
+
+@every_kind
+def test_without_a_teachers_share_the_draws_are_the_students_and_the_teacher_is_not_asked(kind):
+    model = tiny_model(kind)
+    class Unasked(nn.Module):
+        def forward(self, **inputs): raise AssertionError("the teacher was asked")
+    assert mixed(model, Unasked(), 0.) == mixed(model, Unasked(), 0) == run(model)
+    calls = []
+    model.register_forward_hook(lambda *a: calls.append(1))
+    mixed(model, Unasked(), 0.); once = len(calls)
+    run(model)
+    assert len(calls) == 2 * once
+
+@every_kind
+def test_a_share_near_one_draws_what_the_teacher_would(kind):
+    model, other = tiny_model(kind), teacher(kind)
+    assert mixed(model, other, 1 - 1e-9) == run(other) != run(model)
+    assert mixed(model, other, 1e-9) == run(model)
+
+@every_kind
+def test_rows_that_end_early_leave_both_caches_and_the_others_do_not_notice(kind, monkeypatch):
+    model, other, seen, keep = tiny_model(kind), teacher(kind), [], S._keep
+    def watched(caches, tensors, rows):
+        seen.append((len({id(c) for c in caches}), len(rows)))
+        return keep(caches, tensors, rows)
+    monkeypatch.setattr(S, "_keep", watched)
+    texts = mixed(model, other, 0.3, limits=MIXED_LIMITS, stops=())
+    assert len(seen) >= 3 and all(caches == 2 for caches, _ in seen) and seen[-1][1] <= 2
+    assert texts == [mixed(model, other, 0.3, [b], MIXED_LIMITS, ())[0] for b in range(len(PROMPTS))]
+    assert texts == [naive_mixture(model, other, 0.3, PROMPTS[b], KEYS[b], MIXED_LIMITS[b], ()) for b in range(len(PROMPTS))]
+
+def test_a_mixed_token_follows_the_mixture():
+    "Chi-square against alpha p + (1 - alpha) q, and the same draws fail against either model and against the mixture the other way round."
+    model, other, n, v, alpha = tiny_model("llama"), teacher("llama"), 4000, 8, 0.3
+    with torch.no_grad(): q, p = (m(input_ids=torch.tensor([[11, 12, 13]])).logits[0, -1, :v].double().softmax(-1) for m in (model, other))
+    drawn = torch.tensor(generate(model, [[11, 12, 13]] * n, [("first", i) for i in range(n)], [1] * n, [EOS], PAD, v, (other, alpha))).flatten().bincount(minlength=v)
+    limit = v - 1 + 4 * math.sqrt(2 * (v - 1))
+    assert chi_square(drawn, alpha * p + (1 - alpha) * q) < limit
+    for wrong in (p, q, (1 - alpha) * p + alpha * q): assert chi_square(drawn, wrong) > limit
+
+def test_a_teacher_with_a_larger_table_draws_shared_ids_only():
+    model, other = tiny_model("gpt2"), teacher("gpt2", vocab=75)
+    texts = mixed(model, other, 0.9, limits=40, stops=())
+    assert max(i for t in texts for i in t) < V
+    assert texts == [naive_mixture(model, other, 0.9, p, k, 40, ()) for p, k in zip(PROMPTS, KEYS)]
+
+@pytest.mark.pitfall(29)
+def test_pitfall_29_neither_model_drops_out_while_they_write_together():
+    model, other = tiny_model("gpt2"), teacher("opt")
+    expected, seen = mixed(model, other, 0.4), []
+    other.train()
+    for m in (model, other): m.register_forward_pre_hook(lambda m, a: seen.append((m.training, torch.is_grad_enabled())))
+    assert mixed(model, other, 0.4) == expected and set(seen) == {(False, False)}
+    assert all(m.training for m in other.modules()) and not model.training
+
+@pytest.mark.parametrize("alpha", [1., -0.1, 1.5])
+def test_a_share_outside_zero_to_one_is_refused(alpha):
+    with pytest.raises(ValueError, match=f"mixture weight {alpha}"): mixed(tiny_model("gpt2"), teacher("gpt2"), alpha)
+
+def test_the_sampler_passes_the_mixture_on():
+    model, other = tiny_model("gpt2"), teacher("gpt2")
+    assert sampler(model, [EOS], PAD, V, mix=(other, 0.3))(PROMPTS, KEYS, [12] * 8) == mixed(model, other, 0.3)
+    assert sampler(model, [EOS], PAD, V)(PROMPTS, KEYS, [12] * 8) == run(model)
+
 # --- modes
 
 @pytest.mark.pitfall(29)
@@ -251,3 +341,214 @@ def test_pitfall_30_mixed_returns_what_the_drawn_source_returns():
     for step in range(8):
         source = found["on_policy"] if found["mixed"].draws_student(step) else found["fixed"]
         assert found["mixed"](step, examples(), range(8)) == source(step, examples(), range(8))
+
+# --- readings
+
+CLOSE = {"gpt2": 1e-10, "opt": 1e-10, "llama": 1e-5}      # LLaMA's normalisation rounds to float32, whatever the model's type
+FULL = {kind: tiny_model(kind, dtype=torch.float64) for kind in KINDS}
+
+def alone(model, text):
+    "Hidden states (n, H) of one text by itself: no cache, no padding, no mask, no positions."
+    with torch.no_grad(): return decoder(model)(input_ids=torch.tensor([text]))[0][0]
+
+def check_reading(kind, reading, texts):
+    assert [sorted(places[places >= 0].tolist()) for places in reading.columns] == [list(range(len(t))) for t in texts]     # each place once
+    for b, text in enumerate(texts):
+        if text: torch.testing.assert_close(reading.hidden[b, :len(text)], alone(FULL[kind], text), rtol=0, atol=CLOSE[kind])
+
+def sent(model):
+    "Shapes (B, width) of what the model's decoder is sent from now on, call by call."
+    shapes = []
+    handle = model.get_input_embeddings().register_forward_pre_hook(lambda m, args: shapes.append(tuple(args[0].shape)))
+    return shapes, handle
+
+ids_of = lambda low, high: st.lists(st.integers(0, 59), min_size=low, max_size=high)
+
+@st.composite
+def histories(draw, low=0):
+    "Texts, and rounds of (what to do, a place and an ending for each text, the texts afterwards)."
+    texts = draw(st.lists(ids_of(low, 6), min_size=1, max_size=4).filter(lambda ts: any(ts)))
+    first, rounds = [list(t) for t in texts], []
+    for do in draw(st.lists(st.sampled_from(["cut", "cut some", "replace", "replace"]), min_size=1, max_size=5)):
+        starts = [draw(st.integers(min(low, len(t)), len(t))) for t in texts]
+        endings = [draw(st.just([]) | ids_of(0, 9)) for _ in texts] if do == "replace" else [[]] * len(texts)
+        some = draw(st.lists(st.integers(0, len(texts) - 1), min_size=1, unique=True)) if do == "cut some" else range(len(texts))
+        texts = [t[:s] + e if b in some else t for b, (t, s, e) in enumerate(zip(texts, starts, endings))]
+        rounds.append((do, [starts[b] for b in some], some, endings, texts))
+    return first, rounds
+
+def follow(reading, rounds):
+    for do, starts, some, endings, texts in rounds:
+        if do == "replace": reading.replace(starts, endings)
+        elif do == "cut": reading.cut(starts)
+        else: reading.cut(starts, torch.tensor(some))
+        yield texts
+
+@pytest.mark.pitfall(21)
+@every_kind
+@settings(max_examples=30, deadline=None)
+@given(history=histories())
+def test_pitfall_21_a_reading_that_goes_on_is_a_reading_of_the_final_texts(kind, history):
+    "Any cuts and new endings, of no token, fewer tokens than before or more, after which nothing need be left of a text."
+    texts, rounds = history
+    reading = Reading(FULL[kind], texts, PAD)
+    check_reading(kind, reading, texts)
+    for texts in follow(reading, rounds): check_reading(kind, reading, texts)
+    assert not reading.hidden.requires_grad
+
+@every_kind
+@pytest.mark.parametrize("pad", [EOS, 0, 59])
+def test_a_reading_does_not_depend_on_the_padding(kind, pad):
+    a, b = (Reading(FULL[kind], PROMPTS, p) for p in (pad, PAD))
+    for r in (a, b): r.replace([1] * 8, [[20 + i] * i for i in range(8)])
+    for row in range(8): assert torch.equal(a.hidden[row, :1 + row], b.hidden[row, :1 + row]) and a.hidden[row, :1 + row].any()
+
+@every_kind
+def test_a_reading_reads_new_tokens_only(kind):
+    model = tiny_model(kind)
+    shapes, _ = sent(model)
+    reading = Reading(model, PROMPTS, PAD)
+    reading.replace([1] * 8, [[20] * n for n in (0, 3, 1, 0, 2, 0, 0, 0)])
+    reading.cut([1] * 8)
+    reading.replace([1] * 8, [[]] * 8)
+    reading.replace([1, 0, 1, 1, 1, 1, 1, 1], [[21]] * 8)
+    assert shapes == [(8, 7), (8, 3), (8, 1)]
+
+@pytest.mark.pitfall(18)
+@every_kind
+@settings(max_examples=20, deadline=None)
+@given(pairs=st.lists(st.tuples(ids_of(1, 6), ids_of(0, 6)), min_size=1, max_size=4))
+def test_pitfall_18_the_states_that_predict_a_response_are_those_of_a_collated_batch(kind, pairs):
+    "Those that `supervised` selects, in its order."
+    batch = collate(pairs, PAD)
+    with torch.no_grad(): expected = hidden_states(FULL[kind], batch)[supervised(batch)]
+    found = Reading(FULL[kind], [x + y for x, y in pairs], PAD).predicting([len(x) for x, _ in pairs], [len(y) for _, y in pairs])
+    assert found.shape == (sum(len(y) for _, y in pairs), 16)
+    torch.testing.assert_close(found, expected, rtol=0, atol=CLOSE[kind])
+
+@pytest.mark.pitfall(4, 29)
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_pitfall_29_a_reading_is_made_without_dropout_and_keeps_no_graph(kind):
+    def read(model):
+        reading = Reading(model, PROMPTS, PAD)
+        reading.replace([1] * 8, [[20 + i] * i for i in range(8)])
+        return reading
+    model = tiny_model(kind)
+    expected, seen = read(model), []
+    assert not model.training
+    model.train()
+    model.register_forward_pre_hook(lambda m, a: seen.append("the head"))       # (B, T, V) logits of a whole text are not wanted
+    decoder(model).register_forward_pre_hook(lambda m, a: seen.append((m.training, torch.is_grad_enabled())))
+    reading = read(model)
+    assert torch.equal(reading.hidden, expected.hidden) and seen == [(False, False)] * 2
+    assert all(m.training for m in model.modules()) and torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
+    kept = [reading.hidden, *(t for layer in reading.cache.layers for t in (layer.keys, layer.values))]
+    assert len(kept) == 5 and not any(t.requires_grad for t in kept)
+
+# --- writing on from a reading
+
+def write(model, prompts, limits, past=None, stops=(EOS, 19, 33), **kw):
+    return generate(model, prompts, [("past", b) for b in range(len(prompts))], limits, stops, PAD, V, past=past, **kw)
+
+@pytest.mark.pitfall(21)
+@every_kind
+@settings(max_examples=25, deadline=None)
+@given(history=histories(), news=st.lists(ids_of(0, 5), min_size=4, max_size=4), limits=st.lists(st.sampled_from([0, 0, 1, 2, 5, 14]), min_size=4, max_size=4))
+def test_pitfall_21_writing_on_from_a_reading_draws_the_same_tokens(kind, history, news, limits):
+    "Whatever was cut and replaced before, in whole or in part; texts that get something new, or nothing, or that are not written on."
+    texts, rounds = history
+    reading = Reading(FULL[kind], texts, PAD)
+    for texts in follow(reading, rounds): pass
+    prompts = [t + new or [7] for t, new in zip(texts, news)]
+    copies = [list(p) for p in prompts]
+    expected = write(FULL[kind], prompts, limits[:len(prompts)])
+    assert write(FULL[kind], prompts, limits[:len(prompts)], reading) == expected and prompts == copies
+
+@every_kind
+def test_rows_that_leave_early_leave_a_reading_too(kind, monkeypatch):
+    left, keep, limits = [], S._keep, [1, 0, 2, 30, 3, 30, 0, 18]
+    monkeypatch.setattr(S, "_keep", lambda caches, tensors, rows: (left.append(len(rows)), keep(caches, tensors, rows))[1])
+    reading = Reading(FULL[kind], [p + [41, 42, 43] for p in PROMPTS], PAD)
+    reading.replace([len(p) for p in PROMPTS], [[], [8], [8, 9], [], [8, 9, 10, 11, 12], [], [8], [9]])
+    reading.cut([len(p) - b % 2 for b, p in enumerate(PROMPTS)])
+    texts = write(FULL[kind], PROMPTS, limits, reading, ())
+    assert len(left) >= 3 and left[0] < 6 and left[-1] <= 2
+    assert texts == write(FULL[kind], PROMPTS, limits, stops=()) and [len(t) for t in texts] == limits
+
+@every_kind
+def test_what_has_been_read_is_not_sent_again(kind):
+    "One new token a row: one token is read, then what is written. Where there is nothing new, the last token is read again, since something has to predict."
+    model = tiny_model(kind)
+    shapes, _ = sent(model)
+    for new in ([9], []):
+        reading, prompts = Reading(model, PROMPTS, PAD), [p + new for p in PROMPTS]
+        shapes.clear()
+        expected = write(model, prompts, [4] * 8, stops=())
+        assert shapes == [(8, 7 + len(new))] + [(8, 1)] * 3
+        shapes.clear()
+        assert write(model, prompts, [4] * 8, reading, stops=()) == expected and shapes == [(8, 1)] * 4
+    reading, prompts = Reading(model, PROMPTS, PAD), [p + [20] * b for b, p in enumerate(PROMPTS)]
+    shapes.clear()
+    assert write(model, prompts, [1] * 8, reading) == write(model, prompts, [1] * 8) and shapes == [(8, 7), (8, 10)]      # 7 new tokens at most, 10 in all
+
+def test_with_nothing_to_write_a_reading_is_left_as_it_is():
+    model = FULL["gpt2"]
+    reading = Reading(model, PROMPTS, PAD)
+    before = reading.columns.clone()
+    assert write(model, PROMPTS, [0] * 8, reading) == [[]] * 8 and torch.equal(reading.columns, before)
+    assert write(model, PROMPTS, [6] * 8, reading) == write(model, PROMPTS, [6] * 8)
+
+@every_kind
+def test_a_mixture_reads_its_prompts_from_their_start(kind):
+    "A reading of other texts is not even looked at; with a share of 0 it is the student's past as ever."
+    model, other = FULL[kind], teacher(kind, dtype=torch.float64)
+    wrong = Reading(model, [[5] * 30] * 8, PAD)
+    before, width = wrong.columns.clone(), wrong.cache.get_seq_length()
+    assert write(model, PROMPTS, [9] * 8, wrong, mix=(other, 0.4)) == write(model, PROMPTS, [9] * 8, mix=(other, 0.4)) != write(model, PROMPTS, [9] * 8)
+    assert torch.equal(wrong.columns, before) and wrong.cache.get_seq_length() == width
+    shapes, handle = sent(model)
+    reading = Reading(model, PROMPTS, PAD)
+    text = write(model, PROMPTS, [9] * 8, reading, mix=(other, 0.))
+    handle.remove()
+    assert all(shape[1] == 1 for shape in shapes[1:]) and text == write(model, PROMPTS, [9] * 8)
+
+def test_the_sampler_passes_a_reading_on():
+    model = tiny_model("gpt2")
+    shapes, _ = sent(model)
+    reading, sample = Reading(model, PROMPTS, PAD), sampler(model, [EOS], PAD, V)
+    shapes.clear()
+    texts = sample(PROMPTS, KEYS, [12] * 8, reading)
+    assert all(width == 1 for _, width in shapes) and texts == sample(PROMPTS, KEYS, [12] * 8)
+
+@pytest.mark.pitfall(29)
+def test_pitfall_29_a_student_in_training_writes_on_without_dropout():
+    model = tiny_model("gpt2")
+    expected = write(model, PROMPTS, [9] * 8)
+    model.train()
+    reading = Reading(model, PROMPTS, PAD)
+    assert write(model, PROMPTS, [9] * 8, reading) == expected and all(m.training for m in model.modules())
+
+@every_kind
+def test_a_model_with_adapters_writes_on_from_what_they_made_it_read(kind):
+    model = add_lora(tiny_model(kind), 2, 4, 0.1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name: p.copy_(torch.randn(p.shape, generator=generator_for(name)))
+    shapes, _ = sent(base_model(model))
+    reading = Reading(model, [p + [20, 21] for p in PROMPTS], PAD)
+    reading.cut([len(p) for p in PROMPTS])
+    texts = write(model, PROMPTS, [9] * 8, reading)
+    assert all(width == 1 for _, width in shapes[1:])
+    assert texts == write(model, PROMPTS, [9] * 8) != write(tiny_model(kind), PROMPTS, [9] * 8)
+
+@every_kind
+def test_a_reading_under_autocast_is_finite_and_can_be_written_on(kind):
+    model = tiny_model(kind)
+    whole = Reading(model, PROMPTS, PAD).hidden
+    with torch.autocast("cpu", torch.bfloat16):
+        reading = Reading(model, [p + [20, 21] for p in PROMPTS], PAD)
+        reading.replace([len(p) for p in PROMPTS], [[], [22], [23, 24], [], [], [25] * 4, [], [26]])
+        reading.cut([len(p) for p in PROMPTS])
+        texts = write(model, PROMPTS, [5] * 8, reading, stops=())
+    assert reading.hidden.isfinite().all() and all(len(t) == 5 and max(t) < V for t in texts)
+    for b, p in enumerate(PROMPTS): assert (reading.hidden[b, :len(p)].float() - whole[b, :len(p)]).abs().max() < 0.1 * whole[b, :len(p)].abs().max()

@@ -3,7 +3,8 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from toy_tokenizers import byte_level, sentence_piece
 from mgsr_nb import span as S
-from mgsr_nb.span import RELATIONS, SpanFinder, align_spans, pair_weights, phrase_spans, response_text, scatter, span_distance, span_loss, token_offsets
+from mgsr_nb.config import ConfigError
+from mgsr_nb.span import RELATIONS, SpanFinder, align_spans, pair_weights, parsed_phrases, phrase_chunker, phrase_spans, response_text, scatter, span_distance, span_loss, token_offsets
 
 TEXT = "The old mill in the valley has been visited by millions. It doesn't work/run (anymore)."
 HARD = ["The old mill — “naïve” 😀👩‍🔬 in the valley,\n\n  has been visited.\n", "日本語 and ünïcödé", "a  b   c\t\td", "\n\nParis\r\n", "😀", " ", "...", "e\u0301 combining", ""]
@@ -294,3 +295,34 @@ def test_pair_weights_give_the_span_loss(n, seed):
 
 def test_unknown_relation_is_refused():
     with pytest.raises(ValueError, match="allowed: hadamard, cosine, outer"): span_distance(*rows(2), relation="dot")
+
+# ------------------------------------------------------------------------------------------------ spaCy, where it is installed
+def test_an_unknown_chunker_or_a_missing_model_is_refused_in_words():
+    with pytest.raises(ConfigError, match="chunker: 'nltk' is unknown; allowed: textblob, spacy"): phrase_chunker("nltk")
+    with pytest.raises(ConfigError, match="chunker: spacy needs the package spacy and its model no_such_model"): phrase_chunker("spacy", "no_such_model")
+    assert phrase_chunker("textblob") is phrase_spans
+
+def test_a_run_with_a_chunker_that_is_missing_stops_before_a_model_loads(monkeypatch, tmp_path):
+    import mgsr_nb.training as training
+    from mgsr_nb.config import resolve
+    def missing(name): raise ConfigError(f"chunker: {name} is not here")
+    monkeypatch.setattr(training, "phrase_chunker", missing)
+    monkeypatch.setattr(training, "load_model", lambda *a: pytest.fail("loaded a model"))
+    with pytest.raises(ConfigError, match="chunker: spacy is not here"): training.check_pair(resolve(chunker="spacy"), None)
+
+def spacy_doc(words, pos, heads, deps):
+    spacy = pytest.importorskip("spacy", reason="spaCy is not installed")
+    from spacy.tokens import Doc
+    return Doc(spacy.blank("en").vocab, words=words, pos=pos, heads=heads, deps=deps)
+
+def test_phrases_of_a_spacy_parse():
+    words = "The old mill in the valley has been visited .".split()
+    doc = spacy_doc(words, "DET ADJ NOUN ADP DET NOUN AUX AUX VERB PUNCT".split(), [2, 2, 8, 2, 5, 3, 8, 8, 8, 8], "det amod nsubjpass prep det pobj aux auxpass ROOT punct".split())
+    assert [(doc.text[a:b], kind) for a, b, kind in parsed_phrases(doc)] == [("The old mill", "NP"), ("in the valley", "PP"), ("has been visited", "VP")]
+
+def test_the_finder_uses_the_chunker_that_was_named(monkeypatch):
+    import mgsr_nb.span as span
+    monkeypatch.setattr(span, "phrase_chunker", lambda name: (lambda text: [(0, len(text), "NP")]) if name == "spacy" else phrase_spans)
+    tokenizer = byte_level()
+    ids = tokenizer("the mill, it runs").input_ids
+    assert SpanFinder(tokenizer, chunker="spacy")(ids) == [(0, len(ids))] != SpanFinder(tokenizer)(ids)

@@ -8,7 +8,7 @@ import pytest, torch
 from accelerate import Accelerator
 from torch import nn
 from tiny_models import KINDS, tiny_model
-from tiny_runs import tiny_parameters, tokenizer_of
+from tiny_runs import UNEQUAL, Interrupted, interrupt_at, many_stops, moved, numbers, plain, state, tiny_parameters, tokenizer_of
 from mgsr_nb import models as M, sampling as S, training as T
 from mgsr_nb.config import ConfigError, RunConfig, finished, open_run, resolve
 from mgsr_nb.data import batch_indices
@@ -16,6 +16,7 @@ from mgsr_nb.models import base_model, hidden_states, load_model, load_tokenizer
 from mgsr_nb.objective import NLL
 from mgsr_nb.training import Trainer, TrainingError, make_optimizer, metrics_table, prepare, run, schedule_factor
 
+TERMS = ("sft", "dac", "span", "kd", "pg")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture
@@ -46,24 +47,6 @@ def trainer(config, loaded):
         found.distiller.to(dtype)
         return found
     return make
-
-def numbers(value):
-    "All numbers in nested lists and dictionaries."
-    if isinstance(value, bool) or value is None or isinstance(value, str): return []
-    if isinstance(value, (int, float)): return [value]
-    return [n for v in (value.values() if isinstance(value, dict) else value) for n in numbers(v)]
-
-def state(module): return {n: p.detach().clone() for n, p in module.state_dict().items()}
-
-def moved(before, module): return {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
-
-def without_dropout(model):
-    for m in model.modules():
-        if isinstance(m, nn.Dropout): m.p = 0.
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if isinstance(getattr(m, name, None), float): setattr(m, name, 0.)
-
-def plain(rows): return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in rows]
 
 def log_of(folder):
     with open(folder/"log.csv") as f: return plain(csv.DictReader(f))
@@ -160,23 +143,16 @@ def test_a_student_with_another_tokenizer_is_refused(config, local_models):
 
 # --- gradient accumulation
 
-UNEQUAL = dict(max_tokens=100, max_new_tokens=8, spans="fixed", span_length=2, clip_upper=0.5, mask_temperature=0.1, warmup_steps=0)
-
-def many_stops(setup):
-    "Samples of different lengths: every fourth id ends a text."
-    without_dropout(setup.student)
-    setup.stops += range(5, setup.vocab, 4)
-
 @pytest.mark.pitfall(26)
 @every_kind
-@pytest.mark.parametrize("options", [{}, dict(remainder="bucket", scrg=False, kd_weight=1.0), dict(sampling="fixed", scrg=False)], ids=["on-policy", "bucket", "fixed"])
+@pytest.mark.parametrize("options", [{}, dict(remainder="bucket", scrg=False, kd_weight=1.0), dict(sampling="fixed", scrg=False), dict(method="minillm")], ids=["on-policy", "bucket", "fixed", "minillm"])
 def test_pitfall_26_micro_batches_change_nothing(trainer, kind, options):
     "1 x 4, 2 x 2, 3 + 1 and 4 x 1 sequences, unequal responses, whole steps with AdamW, in float64."
     found = {}
     for micro in (0, 1, 2, 3):
         t = trainer(kind, torch.float64, many_stops, micro_batch_size=micro, **UNEQUAL, **options)
-        examples, pairs, _ = t.draw(0)
-        assert len({len(e.response_ids) for e in examples}) > 1 and (pairs == "data" or len({len(y) for _, y in pairs}) > 1)
+        examples, text, _ = t.draw(0)
+        assert len({len(e.response_ids) for e in examples}) > 1 and (text == "data" or len({len(y) for _, y in text.pairs}) > 1)
         rows = [t.step(), t.step()]
         found[micro] = rows, state(t.distiller)
     rows, weights = found[0]
@@ -187,10 +163,10 @@ def test_pitfall_26_micro_batches_change_nothing(trainer, kind, options):
 @pytest.mark.pitfall(26)
 def test_pitfall_26_the_denominators_are_counted_after_generation(trainer):
     t = trainer("llama", change=many_stops, micro_batch_size=1, **UNEQUAL)
-    examples, pairs, _ = t.draw(0)
+    examples, text, _ = t.draw(0)
     row = t.step()
-    assert row["data_tokens"] == sum(len(e.response_ids) for e in examples) and row["distilled_tokens"] == sum(len(y) for _, y in pairs) < 4 * 8
-    assert row["distilled_spans"] == sum(len(t.find_spans(y)) for _, y in pairs)
+    assert row["data_tokens"] == sum(len(e.response_ids) for e in examples) and row["distilled_tokens"] == sum(len(y) for _, y in text.pairs) < 4 * 8
+    assert row["distilled_spans"] == sum(len(t.find_spans(y)) for _, y in text.pairs)
 
 @pytest.mark.pitfall(26)
 def test_pitfall_26_each_term_is_the_mean_over_the_whole_step(trainer):
@@ -271,13 +247,14 @@ def test_pitfall_28_the_nll_sees_ground_truth_only(trainer, monkeypatch, samplin
     for step in range(4):
         seen.clear(); t.step()
         examples = [t.setup.train[i] for i in batch_indices(len(t.setup.train), 4, step, 0)]
+        examples.sort(key=lambda e: -len(e.prompt_ids + e.response_ids))       # the longest first: micro-batches are of similar lengths
         assert torch.cat(seen).tolist() == [i for e in examples for i in e.response_ids]
 
 @pytest.mark.pitfall(28)
 def test_pitfall_28_other_samples_change_the_distillation_terms_and_not_the_nll(trainer):
     def row(junk):
         t = trainer("llama", scrg=False, span_weight=0.0)
-        if junk: t.source = lambda step, examples, rows: ([(e.prompt_ids, [7, 8, 9, 7]) for e in examples], True)
+        if junk: t.source = lambda step, examples, rows: ([(e.prompt_ids, [7, 8, 9, 7]) for e in examples], "student")
         return t.step()
     a, b = row(False), row(True)
     assert a["sft"] == b["sft"] and a["dac"] != b["dac"]
@@ -285,14 +262,14 @@ def test_pitfall_28_other_samples_change_the_distillation_terms_and_not_the_nll(
 @every_kind
 def test_what_is_distilled_on_is_the_revision_of_the_students_text(trainer, monkeypatch, kind):
     t, seen, micro_batches = trainer(kind, max_new_tokens=8), [], T.micro_batches
-    examples, pairs, notes = t.draw(0)
-    written, by_student = t.source(0, examples, range(4))
+    examples, text, notes = t.draw(0)
+    written, origin = t.source(0, examples, range(4))
     revision = t.revise(0, written, range(4))
-    assert by_student and pairs == revision.pairs != written and notes["scrg_corrected"] > 0 and revision.summary().items() <= notes.items()
-    assert [y for _, y in trainer(kind, scrg=False, max_new_tokens=8).draw(0)[1]] == [y for _, y in written]
+    assert origin == "student" and text.pairs == revision.pairs != written and notes["scrg_corrected"] > 0 and revision.summary().items() <= notes.items()
+    assert trainer(kind, scrg=False, max_new_tokens=8).draw(0)[1].pairs == written
     monkeypatch.setattr(T, "micro_batches", lambda examples, distilled, *a: seen.append(distilled) or micro_batches(examples, distilled, *a))
     t.step()
-    assert seen == [pairs]
+    assert [found.pairs for found in seen] == [text.pairs] and torch.equal(seen[0].teacher_hidden, text.teacher_hidden)
 
 @pytest.mark.pitfall(29)
 @every_kind
@@ -330,18 +307,12 @@ def test_pitfall_30_every_process_and_every_start_draws_the_same_source(trainer)
         part = trainer("llama", **mixed)
         part.accelerator = SimpleNamespace(process_index=process, num_processes=2, autocast=contextlib.nullcontext)
         for step in reversed(range(8)):        # in any order: nothing is remembered from step to step
-            examples, pairs, notes = part.draw(step)
+            examples, text, notes = part.draw(step)
             assert [e.example.id for e in examples] == [e.example.id for e in drawn[step][0][process::2]] and notes["by_student"] == by_student[step]
-            assert pairs == (drawn[step][1][process::2] if by_student[step] else "data")
+            if by_student[step]: assert text.pairs == drawn[step][1].pairs[process::2]
+            else: assert text == drawn[step][1] == "data"
 
 # --- interruption
-
-class Interrupted(Exception): pass
-
-def interrupt_at(step):
-    def on_step(row):
-        if row["step"] == step: raise Interrupted
-    return on_step
 
 LONG = dict(max_steps=5, checkpoint_every=2, eval_every=2, sampling="mixed", warmup_steps=1, micro_batch_size=3, span_length=2, spans="fixed")
 
@@ -446,15 +417,16 @@ def test_without_distillation_neither_the_teacher_nor_a_sample_is_computed(train
     t.source = t.revise = never("text for distillation")
     row = t.step()
     assert list(t.distiller.objective.terms) == ["sft"] and not list(t.distiller.objective.parameters())
-    assert row["loss"] == pytest.approx(row["sft"], rel=1e-6) and row["distilled_tokens"] == 0 and not {"dac", "span", "kd"} & row.keys()
+    assert row["loss"] == pytest.approx(row["sft"], rel=1e-6) and row["distilled_tokens"] == 0 and not {"dac", "span", "kd", "pg"} & row.keys()
 
-@pytest.mark.parametrize("weights,passes", [(dict(sft_weight=0.0), 1), ({}, 2), (dict(sft_weight=0.0, dac_weight=0.0, kd_weight=1.0, span_weight=0.0), 1)])
+@pytest.mark.parametrize("weights,passes", [(dict(sft_weight=0.0), 1), ({}, 2), (dict(sft_weight=0.0, dac_weight=0.0, kd_weight=1.0, span_weight=0.0), 1),
+                                            (dict(method="minillm"), 2), (dict(method="minillm", sft_weight=0.0), 1)])
 def test_only_texts_that_a_term_reads_go_through_the_student(trainer, weights, passes):
     t, calls = trainer("llama", **weights), []
-    examples, pairs, _ = t.draw(0)
+    examples, text, _ = t.draw(0)
     base_model(t.setup.student).model.register_forward_pre_hook(lambda *a: calls.append(1))
-    t.update(examples, pairs)
-    assert len(calls) == passes and set(t.distiller.objective.terms) == {k for k in ("sft", "dac", "span", "kd") if getattr(t.config, f"{k}_weight") > 0}
+    t.update(examples, text)
+    assert len(calls) == passes and set(t.distiller.objective.terms) == {k for k in TERMS if getattr(t.config, f"{k}_weight") > 0}
 
 def test_the_ground_truth_that_is_also_distilled_goes_through_the_student_once(trainer):
     t, calls = trainer("llama", sampling="fixed", scrg=False), []
@@ -487,8 +459,8 @@ def test_every_choice_trains(trainer, choice):
     rows = [t.step(), t.step()]
     assert all(math.isfinite(n) for n in numbers(rows)) and all(r["loss"] != 0 for r in rows)
     assert moved(before, t.setup.student) and all(p.isfinite().all() for p in t.distiller.parameters())
-    terms = {k for k in ("sft", "dac", "span", "kd") if getattr(t.config, f"{k}_weight") > 0}
-    assert terms == {"sft", "dac", "span", "kd"} & rows[0].keys()
+    terms = {k for k in TERMS if getattr(t.config, f"{k}_weight") > 0}
+    assert terms == set(TERMS) & rows[0].keys()
     assert rows[0]["loss"] == pytest.approx(sum(getattr(t.config, f"{k}_weight") * rows[0][k] for k in terms), rel=1e-5, abs=1e-6)
 
 @pytest.mark.parametrize("layers", get_args(RunConfig.model_fields["layer_choice"].annotation))
