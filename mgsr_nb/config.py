@@ -224,22 +224,22 @@ def _nearest(name, known) -> str:
     close = difflib.get_close_matches(str(name), [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
-# %% ../nbs/00_config.ipynb #c7fd04a8
+# %% ../nbs/00_config.ipynb #71208d36
 # the settings that the paper and the DistiLLM protocol share; 32 sequences a step are 4 GPUs x 8, an epoch is about 13,400 examples or 420 steps
-_paper = dict(data="dolly", max_prompt_tokens=256, max_tokens=512, max_new_tokens=256, batch_size=32, micro_batch_size=8, warmup_steps=0, learning_rate=5e-4, sub_inputs="full",
-              sub_width=256, sub_learning_rate=5e-4, chunk_tokens=1024, eval_prompts=0, eval_seeds="10,20,30,40,50", eval_every=420, checkpoint_every=420, log_every=10, select="rouge_l", eval_exposure=True)
+_paper = dict(data="dolly", max_prompt_tokens=256, max_tokens=512, max_new_tokens=256, batch_size=32, micro_batch_size=8, warmup_steps=0, learning_rate=5e-4,
+              chunk_tokens=1024, eval_prompts=0, eval_seeds="10,20,30,40,50", eval_every=420, checkpoint_every=420, log_every=10, select="rouge_l", eval_exposure=True)
+_full = dict(sub_inputs="full", sub_width=256, sub_learning_rate=5e-4)     # f_sub as printed
 _lora = dict(lora_rank=16, max_steps=4200, teacher_sft_steps=4200)     # 10 epochs, adapters on query and value
 PRESETS = {
     "quickstart": {},
     "smollm2-dolly": dict(data="dolly", teacher_sft_steps=150, batch_size=8, max_prompt_tokens=192, max_tokens=320, max_new_tokens=96, max_steps=120,
                           warmup_steps=10, eval_prompts=64, eval_every=40, checkpoint_every=40),
-    "gpt2-dolly": dict(_paper, teacher="openai-community/gpt2-xl", student="openai-community/gpt2", teacher_sft_steps=4200, max_steps=8400),      # 20 epochs, all weights
-    "opt-dolly": dict(_paper, **_lora, teacher="facebook/opt-6.7b", student="facebook/opt-1.3b"),
-    "openllama-dolly": dict(_paper, **_lora, teacher="openlm-research/open_llama_7b_v2", student="openlm-research/open_llama_3b_v2"),
-    "llama2-dolly": dict(_paper, **_lora, teacher="meta-llama/Llama-2-13b-hf", student="meta-llama/Llama-2-7b-hf"),
+    "gpt2-dolly": dict(_paper, **_full, teacher="openai-community/gpt2-xl", student="openai-community/gpt2", teacher_sft_steps=4200, max_steps=8400),      # 20 epochs, all weights
+    "opt-dolly": dict(_paper, **_full, **_lora, teacher="facebook/opt-6.7b", student="facebook/opt-1.3b"),
+    "openllama-dolly": dict(_paper, **_full, **_lora, teacher="openlm-research/open_llama_7b_v2", student="openlm-research/open_llama_3b_v2"),
+    "llama2-dolly": dict(_paper, **_full, **_lora, teacher="meta-llama/Llama-2-13b-hf", student="meta-llama/Llama-2-7b-hf"),
     # a modern pair for one GPU, not the paper's: instruction-tuned already, so a short start; f_sub reads the top of a vocabulary of 152k
-    "qwen-dolly": dict(_paper, teacher="Qwen/Qwen2.5-1.5B-Instruct", student="Qwen/Qwen2.5-0.5B-Instruct", teacher_sft_steps=420, max_steps=1260, learning_rate=5e-5, warmup_steps=40,
-                       sub_inputs="topk", sub_width=64, sub_learning_rate=1e-2),
+    "qwen-dolly": dict(_paper, teacher="Qwen/Qwen2.5-1.5B-Instruct", student="Qwen/Qwen2.5-0.5B-Instruct", teacher_sft_steps=420, max_steps=1260, learning_rate=5e-5, warmup_steps=40),
 }
 
 # %% ../nbs/00_config.ipynb #4354e2fd

@@ -33,13 +33,14 @@ from .sampling import Fixed, Mixed, OffPolicy, OnPolicy, Pairs, generator_for, s
 from .scrg import SCRG, AnyDifference, FirstAbove, MaxKL, Scorer
 from .span import SpanFinder, pair_weights, phrase_chunker
 
-# %% ../nbs/10_training.ipynb #0bc5c871
+# %% ../nbs/10_training.ipynb #e2da2821
 def make_clip(config: RunConfig, vocab: int) -> nn.Module:
     "The clipper that `clip` names (notebook 04)."
     upper, lower = config.limits
     if config.clip == "learned":
         sub = SubNetwork(vocab, config.sub_layers, config.sub_width, config.sub_inputs, config.sub_top_k, upper, lower)
-        if config.mask_temperature == 0: sub.requires_grad_(False)  # a hard mask passes no gradient: it would only wait for one
+        # a hard mask passes no gradient, and without dense classes there is no mask: it would only wait for one, and decay
+        if config.mask_temperature == 0 or config.dac_classes == "target": sub.requires_grad_(False)
         return LearnedClip(sub, config.clip_reading, config.mask_temperature)
     if config.clip == "fixed_quantile": return FixedClip(upper, lower, config.clip_reading, config.mask_temperature)
     if config.clip == "fixed_percentile": return FixedClip(upper, lower, "rank", config.mask_temperature)  # percentiles count classes
@@ -108,7 +109,7 @@ def correction_gains(label_log_p: Tensor, micro: "Micro") -> dict[str, Tensor]:
     gains = torch.stack(gains) if gains else label_log_p[:0]
     return {"scrg_gain": gains.sum(), "scrg_helped": (gains > 0).sum(), "scrg_rests": torch.tensor(len(gains), device=gains.device)}
 
-# %% ../nbs/10_training.ipynb #2e46a01d
+# %% ../nbs/10_training.ipynb #ad74232d
 @dataclass
 class Distilled:
     "Text to distil on; the tensors have a row for each of its N response tokens, response after response."
@@ -120,7 +121,7 @@ class Distilled:
     def part(self, chosen: Sequence[int]) -> "Distilled":
         "The responses `chosen`, in that order."
         lengths = [len(y) for _, y in self.pairs]
-        take = lambda x: x if x is None else torch.cat([x.split(lengths)[i] for i in chosen])
+        take = lambda x: x if x is None else torch.cat([x[:0], *(x.split(lengths)[i] for i in chosen)])
         policy = self.policy and Policy(*map(take, self.policy))
         return Distilled([self.pairs[i] for i in chosen], take(self.teacher_hidden), policy, self.corrected and [self.corrected[i] for i in chosen])
 
@@ -155,7 +156,7 @@ def micro_batches(examples: Sequence[Encoded], distilled, find_spans: Callable, 
         counts["data_tokens"] += sum(len(y) for _, y in data.pairs)
         if text is None:
             micros.append(Micro(batch)); continue
-        part = text.part(of_text) if of_text else dataclasses.replace(nothing, corrected=text.corrected and [])
+        part = text.part(of_text) if of_text else dataclasses.replace(text.part([]), pairs=nothing.pairs)
         lengths, weights = [len(y) for _, y in part.pairs], [pair_weights(find_spans(y), len(y)) for _, y in part.pairs]
         counts["distilled_tokens"] += sum(lengths)
         counts["distilled_spans"] += sum(n for _, n in weights)
@@ -257,11 +258,11 @@ def load_data(config: RunConfig, tokenizer) -> tuple[list[Encoded], list[Encoded
     report = {**splits.report, "eval_records": {n: len(e) for n, e in raw.items()}, "notes": [note for n, e in raw.items() if (note := subset_note(n, e))]}
     return enc(splits.train[:config.max_train_examples or None]), enc(few(splits.validation)), {n: enc(few(e)) for n, e in raw.items()}, report
 
-# %% ../nbs/10_training.ipynb #a9a1e15b
+# %% ../nbs/10_training.ipynb #1858d1c4
 def tuned(kind: str, config: RunConfig, steps: int, key: dict, load: Callable, tokenizer, train: Sequence[Encoded], accelerator: Accelerator) -> tuple[nn.Module, dict]:
     "The model that `load()` gives and `key` identifies after `steps` of SFT on the training data (made once, then read from the cache), and its key."
     if steps == 0: return load().to(accelerator.device), key
-    key = key | {"steps": steps, "text": text_digest(train), "precision": precision_of(accelerator), "device": accelerator.device.type, "lora": config.lora_rank,
+    key = key | {"steps": steps, "text": text_digest(train), "precision": precision_of(accelerator), "device": accelerator.device.type, "lora": config.lora_rank and (config.lora_rank, config.lora_alpha, config.lora_dropout),
                  **{k: getattr(config, k) for k in ("batch_size", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")}}
     def make(folder: Path):
         model = load().to(accelerator.device)
@@ -292,12 +293,12 @@ def make_student(config: RunConfig, teacher: nn.Module, teacher_key: dict, train
         key, load = {"layers": keep, "teacher": teacher_key}, lambda: truncate(teacher, keep)
     return tuned("student", config, config.student_sft_steps, key, load, tokenizer, train, accelerator)
 
-# %% ../nbs/10_training.ipynb #5500ae17
+# %% ../nbs/10_training.ipynb #35a85cb9
 def teacher_responses(setup: Setup) -> list[Encoded]:
     "The training examples with responses sampled from the teacher (an artefact); those that no step visits keep their own."
     c = setup.config
     visited = sorted({i for step in range(c.max_steps) for i in batch_indices(len(setup.train), c.batch_size, step, c.seed)})
-    key = {**setup.keys["teacher"]["teacher"], "prompts": text_digest([setup.train[i] for i in visited]), "visited": visited, "max_new_tokens": c.max_new_tokens}
+    key = {**{k: setup.keys["teacher"][k] for k in ("teacher", "frozen", "precision", "device", "vocab", "stops")}, "prompts": text_digest([setup.train[i] for i in visited]), "visited": visited, "max_new_tokens": c.max_new_tokens}
     def make(folder: Path):
         sample, written = setup.sampler(setup.teacher), []
         for a in tqdm(range(0, len(visited), c.eval_batch_size), desc="teacher writes", mininterval=5, leave=False):
@@ -327,7 +328,7 @@ def check_pair(config: RunConfig, tokenizer) -> None:
         check_sizes(config.student, "student", tokens)
         check_tokenizers(load_tokenizer(config.student, "student"), tokenizer)
 
-# %% ../nbs/10_training.ipynb #6b6d4da5
+# %% ../nbs/10_training.ipynb #5381071d
 def prepare(config: RunConfig, cpu: bool = False) -> Setup:
     "Load all that `config` names. Raises `ConfigError` or a data error before anything expensive."
     cpu = cpu or not torch.cuda.is_available()
@@ -349,7 +350,7 @@ def prepare(config: RunConfig, cpu: bool = False) -> Setup:
                 "max_new_tokens": config.max_new_tokens, "vocab": vocab, "stops": stops, "precision": precision, "frozen": frozen,
                 "device": accelerator.device.type, "teacher": teacher_key, "exposure": config.eval_exposure}
     setup = Setup(config, accelerator, tokenizer, teacher, student, vocab, stops, train, validation, eval_sets, report,
-                  {"teacher": settings, "student_start": {**settings, "student": student_key}})
+                  {"teacher": settings, "student_start": {**settings, "student": student_key, "student_weights": frozen if config.lora_rank else "float32"}})
     if config.responses == "teacher": setup.train = teacher_responses(setup)
     torch.manual_seed(config.seed)  # the adapters' start
     if config.lora_rank: setup.student = add_lora(student.to(getattr(torch, frozen)), config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -401,7 +402,7 @@ class Clock:
         for name, start, end in spans: found[name] = found.get(name, 0.) + (start.elapsed_time(end) / 1000 if self.cuda else end - start)
         return found
 
-# %% ../nbs/10_training.ipynb #31390eee
+# %% ../nbs/10_training.ipynb #31b4cd1a
 class Trainer:
     "Trains `setup.student` as `setup.config` says. `folder`: where log and checkpoints go; None keeps all in memory."
     def __init__(self, setup: Setup, folder: Optional[Path] = None):
@@ -487,6 +488,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         "One optimiser update; its row of the log. Raises `TrainingError` if a term is not finite."
         step, rate, clock = self.progress.step, self.schedule.get_last_lr()[0], self.clock
+        clock.spans.clear()      # an example that was drawn to be looked at is part of no step
         with clock.part("all"), clock.watching("teacher", decoder(self.setup.teacher)):
             examples, distilled, notes = self.draw(step)
             with clock.part("update"): found = self.update(examples, distilled)
@@ -513,6 +515,7 @@ class Trainer:
     def fit(self, on_step: Callable = lambda row: None) -> list[dict]:
         "Train from the current step to `max_steps`; `on_step(row)` sees every row. The log, one row per `log_every` steps."
         c, p = self.config, self.progress
+        if p.step == c.max_steps: return p.log      # a cell that is run twice
         if p.step == 0 and not p.log: p.log.append({"step": 0, **self.validate()})
         bar = tqdm(total=c.max_steps, initial=p.step, desc="training", mininterval=5, disable=not self.accelerator.is_main_process)
         while p.step < c.max_steps:
@@ -542,10 +545,15 @@ class Trainer:
             self._best().parent.mkdir(exist_ok=True)
             save_file(weights, self._best().with_suffix(".part"))
             os.replace(self._best().with_suffix(".part"), self._best())
+            if not c.checkpoint_every: self._forget(before=self._best())
 
     def _best(self, best: Optional[tuple] = None) -> Path:
         "Named by its step: a resumed run may have to go back to an earlier one than the last that was written."
         return self.folder/"best"/f"step-{(best or self.progress.best)[0]:06d}.safetensors"
+
+    def _forget(self, before: Path) -> None:
+        for old in before.parent.glob("step-*.safetensors"):
+            if old.name < before.name: old.unlink()
 
     def restore_best(self) -> None:
         "With `select`: put the weights of the best validation into the student."
@@ -571,9 +579,7 @@ class Trainer:
             os.replace(part, whole)
             for old in sorted(checkpoints.glob("step-*"))[:-2]: shutil.rmtree(old)
             self.saved_best = [*self.saved_best[-1:], self.progress.best]
-            if len(self.saved_best) == 2 and self.saved_best[0]:      # no checkpoint refers to an older one
-                for old in (self.folder/"best").glob("step-*.safetensors"):
-                    if old.name < self._best(self.saved_best[0]).name: old.unlink()
+            if len(self.saved_best) == 2 and self.saved_best[0]: self._forget(before=self._best(self.saved_best[0]))  # no checkpoint refers to an older one
         a.wait_for_everyone()
 
     def resume(self) -> int:

@@ -145,7 +145,7 @@ def test_a_student_with_another_tokenizer_is_refused(config, local_models):
 
 @pytest.mark.pitfall(26)
 @every_kind
-@pytest.mark.parametrize("options", [{}, dict(remainder="bucket", scrg=False, kd_weight=1.0), dict(sampling="fixed", scrg=False), dict(method="minillm")], ids=["on-policy", "bucket", "fixed", "minillm"])
+@pytest.mark.parametrize("options", [{}, dict(remainder="bucket", scrg=False, kd_weight=1.0), dict(sampling="fixed", scrg=False)], ids=["on-policy", "bucket", "fixed"])
 def test_pitfall_26_micro_batches_change_nothing(trainer, kind, options):
     "1 x 4, 2 x 2, 3 + 1 and 4 x 1 sequences, unequal responses, whole steps with AdamW, in float64."
     found = {}
