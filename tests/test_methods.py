@@ -1,12 +1,10 @@
 "The methods by name: compositions of the same parts, which differ only in what defines them; the off-policy schedule; teacher-written data."
-import json
-from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from mgsr_nb.config import METHODS, PRESETS, RunConfig, finished, resolve, run_name
-from mgsr_nb.sampling import Fixed, OffPolicy, OnPolicy
-from mgsr_nb.training import Trainer, prepare, run
+from mgsr_nb.config import METHODS, PRESETS, resolve, run_name
+from mgsr_nb.sampling import OffPolicy, OnPolicy
+from mgsr_nb.training import Trainer, prepare
 from tiny_runs import save_pair, tiny_parameters
 
 OFF_POLICY = [name for name, p in METHODS.items() if p.get("sampling") == "off_policy"]

@@ -6,15 +6,14 @@ from types import SimpleNamespace
 from typing import get_args
 import pytest, torch
 from accelerate import Accelerator
-from torch import nn
 from tiny_models import KINDS, tiny_model
 from tiny_runs import UNEQUAL, Interrupted, interrupt_at, many_stops, moved, numbers, plain, state, tiny_parameters, tokenizer_of
-from mgsr_nb import models as M, sampling as S, training as T
+from mgsr_nb import sampling as S, training as T
 from mgsr_nb.config import ConfigError, RunConfig, finished, open_run, resolve
 from mgsr_nb.data import batch_indices
-from mgsr_nb.models import base_model, hidden_states, load_model, load_tokenizer, save_model
+from mgsr_nb.models import base_model, load_model, load_tokenizer, save_model
 from mgsr_nb.objective import NLL
-from mgsr_nb.training import Trainer, TrainingError, make_optimizer, metrics_table, prepare, run, schedule_factor
+from mgsr_nb.training import Trainer, TrainingError, metrics_table, prepare, run, schedule_factor
 
 TERMS = ("sft", "dac", "span", "kd", "pg")
 every_kind = pytest.mark.parametrize("kind", KINDS)

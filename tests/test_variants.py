@@ -14,7 +14,7 @@ from mgsr_nb.minillm import PolicyGradient, make_policy
 from mgsr_nb.models import head, hidden_states, load_model
 from mgsr_nb.objective import Rows
 from mgsr_nb.span import pair_weights
-from mgsr_nb.training import Distilled, Trainer, by_length, micro_batches, prepare, run
+from mgsr_nb.training import Trainer, by_length, micro_batches, prepare, run
 
 TERMS = ("sft", "dac", "span", "kd", "pg")
 # what of the parameters a `Setup` depends on
@@ -227,14 +227,15 @@ def test_pitfall_26_what_is_known_of_a_token_stays_with_it(trainer, kind, option
     examples, text, _ = t.draw(0)
     lengths = [len(x) + len(y) for x, y in text.pairs]
     assert len(set(lengths)) > 2 and lengths != sorted(lengths, reverse=True)
-    t.setup.student.eval()
+    models = {"q": t.setup.student.eval(), "p": t.setup.teacher}
     for size in (1, 3, 7):
         micros, counts = micro_batches(examples, text, t.find_spans, t.setup.tokenizer.pad_token_id, size, math.ceil(7 / size), "cpu", True)
         seen, spans = [], 0
         for micro in micros:
             ids, rows = labels(micro.distilled), supervised(micro.distilled)
-            with torch.no_grad(): states = {n: hidden_states(m, micro.distilled)[rows] for n, m in (("q", t.setup.student), ("p", t.setup.teacher))}
-            log = {n: head(m)(states[n])[:, :t.setup.vocab].log_softmax(-1).gather(-1, ids[:, None])[:, 0].detach() for n, m in (("q", t.setup.student), ("p", t.setup.teacher))}
+            with torch.no_grad():
+                states = {n: hidden_states(m, micro.distilled)[rows] for n, m in models.items()}
+                log = {n: head(m)(states[n])[:, :t.setup.vocab].log_softmax(-1).gather(-1, ids[:, None])[:, 0] for n, m in models.items()}
             assert list(map(len, ids.split(list(micro.lengths)))) == list(micro.lengths)
             seen += [y.tolist() for y in ids.split(list(micro.lengths))]
             if micro.teacher_hidden is not None: torch.testing.assert_close(micro.teacher_hidden, states["p"], rtol=1e-9, atol=1e-9)
