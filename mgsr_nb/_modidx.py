@@ -38,6 +38,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mgsr_nb.config.parameter_table': ('config.html#parameter_table', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.project_root': ('config.html#project_root', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.resolve': ('config.html#resolve', 'mgsr_nb/config.py'),
+                                'mgsr_nb.config.run_folder': ('config.html#run_folder', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.run_name': ('config.html#run_name', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.write_atomic': ('config.html#write_atomic', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.write_csv': ('config.html#write_csv', 'mgsr_nb/config.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVAL_SET_NAMES', 'DIVERGENCE_NAMES', 'ELSEWHERE', 'CHECKS', 'PRESETS', 'METHODS', 'ConfigError', 'RunConfig',
            'resolve', 'from_notebook', 'run_name', 'project_root', 'write_atomic', 'write_json', 'write_csv',
-           'open_run', 'finished', 'parameter_table']
+           'run_folder', 'open_run', 'finished', 'parameter_table']
 
 # %% ../nbs/00_config.ipynb #f302dab8
 import ast, csv, difflib, hashlib, io, json, os, re, shutil
@@ -354,11 +354,15 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer.writeheader(); writer.writerows(rows)
     write_atomic(path, out.getvalue())
 
-# %% ../nbs/00_config.ipynb #da3a03d3
+# %% ../nbs/00_config.ipynb #7ed8b255
+def run_folder(config: RunConfig) -> Path:
+    "Where the run lies; nothing is made."
+    root = Path(config.runs_dir)
+    return (root if root.is_absolute() else project_root()/root)/run_name(config)
+
 def open_run(config: RunConfig) -> Path:
     """The run's folder, with its config.json written. Raises `ConfigError` if it holds another configuration and `overwrite` is off."""
-    root = Path(config.runs_dir)
-    folder = (root if root.is_absolute() else project_root()/root)/run_name(config)
+    folder = run_folder(config)
     record = folder/"config.json"
     if record.is_file() and not config.overwrite:
         other = json.loads(record.read_text()).get("digest")

@@ -11,7 +11,7 @@ __all__ = ['ARCHITECTURES', 'FAMILIES', 'BYTES', 'DISTILLING', 'DOLLY_EXAMPLES',
            'memory', 'phases', 'check_facts', 'check_folder', 'gigabytes', 'schedule', 'disk', 'memory_lines', 'report',
            'dry_run']
 
-# %% ../nbs/13_dry_run.ipynb #4f2f0981
+# %% ../nbs/13_dry_run.ipynb #7bf787b7
 import contextlib, copy, csv, io, json, math, os, shutil, tempfile, time, urllib.error, urllib.request, weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
-from .config import ConfigError, RunConfig, finished, open_run, project_root, run_name
+from .config import ConfigError, RunConfig, finished, open_run, run_folder
 from .data import bos_ids, collate
 from .minillm import Policy
 from .models import BUILTIN, _explained, _gguf_folder, add_lora, check_sizes, check_tokenizers, hidden_states, load_tokenizer, resolve_precision, save_model
@@ -405,7 +405,7 @@ def phases(items: list[Item]) -> dict[str, float]:
     of = lambda phase: sum(i.size for i in items if i.phase == phase)
     return {phase: of(phase) + (of("always") if phase in DISTILLING else 0) for phase in dict.fromkeys(i.phase for i in items) if phase != "always"}
 
-# %% ../nbs/13_dry_run.ipynb #094c0864
+# %% ../nbs/13_dry_run.ipynb #ebb060cc
 def check_facts(config: RunConfig, teacher, student, folder: Path) -> Conventions:
     "Refuse lengths, layers and tokenizers that do not fit the real models (`student` None: cut from the teacher). Raises `ConfigError`; returns the tokenizer's conventions."
     tokens, cut = max(config.max_tokens, config.max_prompt_tokens + config.max_new_tokens), student is None
@@ -423,11 +423,11 @@ def check_facts(config: RunConfig, teacher, student, folder: Path) -> Convention
 
 def check_folder(config: RunConfig, folder: Path) -> str:
     "The run's folder and what is in it. Raises `ConfigError` if it holds another configuration."
-    runs = Path(config.runs_dir) if Path(config.runs_dir).is_absolute() else project_root()/config.runs_dir
-    real, mirror = runs/run_name(config), folder/"mirror"/run_name(config)
+    there = config.model_copy(update=dict(runs_dir=str(folder/"mirror")))
+    real, mirror = run_folder(config), run_folder(there)
     mirror.mkdir(parents=True)
     if (real/"config.json").is_file(): shutil.copy(real/"config.json", mirror)
-    with named({str(folder/"mirror"): str(runs)}): open_run(config.model_copy(update=dict(runs_dir=str(folder/"mirror"))))
+    with named({str(mirror): str(real)}): open_run(there)
     state = "finished already" if finished(real) else "begun already" if real.is_dir() else "new"
     return f"{os.path.relpath(real)} ({state}{', to be replaced' if config.overwrite and real.is_dir() else ''})"
 

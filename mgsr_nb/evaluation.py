@@ -142,11 +142,11 @@ def exposure(student: nn.Module, teacher: nn.Module, examples: Sequence[Encoded]
     return {"excess_error": excess_error(*kls, length), "excess_error_length": length,
             "excess_error_curve": [round(x, 3) for x in excess_errors(*kls, length).tolist()] if length else []}
 
-# %% ../nbs/09_evaluation.ipynb #4c5ab80c
+# %% ../nbs/09_evaluation.ipynb #13b87333
 def evaluate(student: nn.Module, teacher: Optional[nn.Module], sets: dict[str, Sequence[Encoded]], sample: Callable, tokenizer, vocab: int, seeds: Sequence[int],
-             max_new_tokens: int, batch_size: int = 32, chunk_tokens: int = 256, teacher_text: Optional[dict[str, list[list[int]]]] = None,
-             with_ids: bool = False) -> tuple:
-    """Metrics of every set by name, the sampled answers as records for samples.jsonl, and, `with_ids`, the response ids of the first seed: {set: [[id, ...], ...]}.
+             max_new_tokens: int, batch_size: int = 32, chunk_tokens: int = 256, teacher_text: Optional[dict[str, list[list[int]]]] = None
+            ) -> tuple[dict[str, dict], list[dict], dict[str, list[list[int]]]]:
+    """Metrics of every set by name, the sampled answers as records for samples.jsonl, and the response ids of the first seed: {set: [[id, ...], ...]}.
 
     Per set: `nll`, `kl` (nats a token), `rouge_l` (mean over seeds), `rouge_l_per_seed`, `rouge_l_per_prompt`, `distinct_n`, `repetition_4`, `empty`, `prompts`;
     with `teacher_text`, the teacher's response ids of the first seed, also what `exposure` finds. Raises `ValueError` if it does not fit the sets."""
@@ -166,7 +166,7 @@ def evaluate(student: nn.Module, teacher: Optional[nn.Module], sets: dict[str, S
         if teacher_text is not None: metrics[name].update(exposure(student, teacher, examples, first[name], teacher_text[name], *settings))
         records += [{"set": name, "seed": seed, "id": e.id, "instruction": e.instruction, "prediction": p, "rouge_l": round(r, 3)}
                     for (seed, predictions), s in zip(by_seed.items(), scores) for e, p, r in zip(plain, predictions, s["each"])]
-    return (metrics, records, first) if with_ids else (metrics, records)
+    return metrics, records, first
 
 def _check_text(teacher, sets, teacher_text):
     "Raise `ValueError` unless there is a teacher and one response of it for every example."

@@ -45,7 +45,7 @@ def corrected_prefix(response: list[int], j: int, teacher_id: int) -> list[int]:
     "y^s_<j followed by the teacher's token at j (Eq. 4, before re-generation)."
     return response[:j] + [teacher_id]
 
-# %% ../nbs/08_scrg.ipynb #d20e7d11
+# %% ../nbs/08_scrg.ipynb #4403f63e
 @dataclass
 class Scores:
     "Of N response tokens in a row, on the device: KL between the models and log-probabilities of the tokens (nats), the teacher's token, and how many belong to each response."
@@ -74,7 +74,7 @@ class Scorer:
         return tuple(Reading(m, [x + y for x, y in pairs], self.pad_id) for m in (self.student, self.teacher))
 
     def __call__(self, pairs: Pairs, keys: Sequence[tuple], readings: Optional[tuple[Reading, Reading]] = None) -> Scores:
-        "`Scores` of the pairs, from their `readings`; the teacher's draws for pair b come from the generator of `keys[b]`."
+        "`Scores` of the pairs, from their `readings`; the teacher's draws for pair b come from the generator of `keys[b]`. No keys: no draws, the teacher's best tokens."
         readings = readings or self.read(pairs)
         prompts, lengths, device = [len(x) for x, _ in pairs], [len(y) for _, y in pairs], readings[0].device
         generators = [g for key, n in zip(keys, lengths) for g in [generator_for(*key, device=device)] * n]

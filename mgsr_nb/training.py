@@ -109,7 +109,7 @@ def correction_gains(label_log_p: Tensor, micro: "Micro") -> dict[str, Tensor]:
     gains = torch.stack(gains) if gains else label_log_p[:0]
     return {"scrg_gain": gains.sum(), "scrg_helped": (gains > 0).sum(), "scrg_rests": torch.tensor(len(gains), device=gains.device)}
 
-# %% ../nbs/10_training.ipynb #ad74232d
+# %% ../nbs/10_training.ipynb #d98cc4e4
 @dataclass
 class Distilled:
     "Text to distil on; the tensors have a row for each of its N response tokens, response after response."
@@ -121,7 +121,10 @@ class Distilled:
     def part(self, chosen: Sequence[int]) -> "Distilled":
         "The responses `chosen`, in that order."
         lengths = [len(y) for _, y in self.pairs]
-        take = lambda x: x if x is None else torch.cat([x[:0], *(x.split(lengths)[i] for i in chosen)])
+        def take(x):
+            if x is None: return None
+            parts = x.split(lengths)
+            return torch.cat([x[:0], *(parts[i] for i in chosen)])
         policy = self.policy and Policy(*map(take, self.policy))
         return Distilled([self.pairs[i] for i in chosen], take(self.teacher_hidden), policy, self.corrected and [self.corrected[i] for i in chosen])
 
@@ -402,7 +405,7 @@ class Clock:
         for name, start, end in spans: found[name] = found.get(name, 0.) + (start.elapsed_time(end) / 1000 if self.cuda else end - start)
         return found
 
-# %% ../nbs/10_training.ipynb #31b4cd1a
+# %% ../nbs/10_training.ipynb #364785a8
 class Trainer:
     "Trains `setup.student` as `setup.config` says. `folder`: where log and checkpoints go; None keeps all in memory."
     def __init__(self, setup: Setup, folder: Optional[Path] = None):
@@ -448,7 +451,7 @@ class Trainer:
                 return Distilled(found.pairs, found.teacher_hidden, corrected=corrected), found.summary()
             if c.pg_weight == 0: return Distilled(pairs), {}
             readings = self.scorer.read(pairs)
-            scores = self.scorer(pairs, [(c.seed, "policy", step, row) for row in rows], readings)
+            scores = self.scorer(pairs, [], readings)
             policy = make_policy(scores.log_q, scores.log_p, scores.lengths, c.teacher_mix, c.pg_length_norm)
             return Distilled(pairs, readings[1].predicting([len(x) for x, _ in pairs], scores.lengths), policy), {}
 
@@ -588,7 +591,7 @@ class Trainer:
         if found: self.accelerator.load_state(str(found[-1]))
         return self.progress.step
 
-# %% ../nbs/10_training.ipynb #486aa1f7
+# %% ../nbs/10_training.ipynb #84f7163a
 def scores(setup: Setup, model: nn.Module, key: Optional[dict] = None) -> dict:
     "Validation and test metrics of `model`, `average` over the test sets, and its answers; read from the cache if `key` was evaluated before."
     c, s, teacher_text = setup.config, setup, None
@@ -598,7 +601,7 @@ def scores(setup: Setup, model: nn.Module, key: Optional[dict] = None) -> dict:
         with s.accelerator.autocast():
             validation = held_out(model, s.teacher, s.validation, s.tokenizer.pad_token_id, s.vocab, chunk_tokens=c.chunk_tokens)
             test, answers, ids = evaluate(model, s.teacher, s.eval_sets, s.sampler(model), s.tokenizer, s.vocab, c.eval_seed_list, c.max_new_tokens, c.eval_batch_size,
-                                          c.chunk_tokens, teacher_text, with_ids=True)
+                                          c.chunk_tokens, teacher_text)
         average = {k: sum(m[k] for m in test.values()) / len(test) for k in ("rouge_l", "nll", "kl")}
         return {"validation": validation, "test": test, "average": average, "answers": answers, "ids": ids}
     if key is None: return compute()

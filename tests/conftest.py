@@ -1,6 +1,8 @@
 import os
 os.environ["HF_HUB_OFFLINE"] = "1"          # before huggingface_hub is imported: no test may ask the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from copy import deepcopy
+from dataclasses import replace
 import pytest, torch
 torch.set_num_threads(1)    # the models are tiny: more threads only wait for each other
 
@@ -15,3 +17,39 @@ def local_models(tmp_path_factory):
 def shared_cache(tmp_path_factory):
     "One cache of artefacts for all tests that do not look at it: teachers are tuned once."
     return tmp_path_factory.mktemp("cache")
+
+@pytest.fixture
+def config(request, tmp_path, monkeypatch, local_models, shared_cache):
+    """`config(kind, **parameters)`: a tiny run below tmp_path; artefacts are shared by the tests of this session.
+
+    Without a kind it is the file's `KIND`, else llama. `student="local"` is the saved student of the kind; where a method replays, its schedule begins where it does."""
+    from mgsr_nb.config import METHODS, resolve
+    from tiny_runs import tiny_parameters
+    monkeypatch.setenv("MGSR_CACHE", str(shared_cache))
+    def make(kind=getattr(request.module, "KIND", "llama"), **more):
+        teacher, student = local_models[kind]
+        if more.get("student") == "local": more["student"] = student
+        replays = "off_policy" in (more.get("sampling"), METHODS[more.get("method", "mgsr")].get("sampling"))
+        return resolve(tiny_parameters(tmp_path/"runs", teacher, **{**(dict(threshold_start=0.9, buffer_size=4) if replays else {}), **more}))
+    return make
+
+@pytest.fixture(scope="module")
+def loaded(): return {}
+
+@pytest.fixture
+def trainer(config, loaded):
+    "`trainer(kind, **parameters)`: a trainer in memory. What `LOADED` names is loaded once for all tests of a file, and each gets copies of the models."
+    from mgsr_nb.training import Trainer, prepare
+    from tiny_runs import LOADED
+    def make(kind="llama", dtype=None, change=lambda setup: None, **more):
+        c = config(kind, **more)
+        key = (kind, *(getattr(c, name) for name in LOADED))
+        if key not in loaded: loaded[key] = prepare(c, cpu=True)
+        setup = loaded[key]
+        setup = replace(setup, config=c, stops=list(setup.stops), student=deepcopy(setup.student), teacher=deepcopy(setup.teacher))
+        if dtype: setup.student, setup.teacher = setup.student.to(dtype), setup.teacher.to(dtype)
+        change(setup)
+        found = Trainer(setup)
+        if dtype: found.distiller.to(dtype)
+        return found
+    return make

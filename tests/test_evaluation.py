@@ -75,7 +75,7 @@ def test_repetition_counts_four_words_unless_told_otherwise_and_stands_beside_di
 
 def test_repetition_is_averaged_over_the_seeds():
     def sample(prompts, keys, limits): return [[5] * 8 if k[0] == 10 else [6, 7, 8, 9] for k in keys]
-    metrics, _ = evaluate(tiny_model("gpt2"), None, {"a": encoded()}, sample, Words(), V, [10, 20], NEW)
+    metrics, *_ = evaluate(tiny_model("gpt2"), None, {"a": encoded()}, sample, Words(), V, [10, 20], NEW)
     assert metrics["a"]["repetition_4"] == pytest.approx((4 / 5 + 0) / 2)
 
 # --- answers: number, order, empty ones
@@ -112,7 +112,7 @@ def test_pitfall_38_an_empty_prediction_scores_zero_and_is_counted():
 @pytest.mark.pitfall(38)
 def test_pitfall_38_an_answer_of_nothing_but_eos_is_empty_and_is_counted_over_all_seeds():
     def sample(prompts, keys, limits): return [[EOS] if k[-1] % 2 else [5, EOS] for k in keys]
-    metrics, records = evaluate(tiny_model("gpt2"), None, {"a": encoded(["w5"])}, sample, Words(), V, [10, 20], NEW)
+    metrics, records, _ = evaluate(tiny_model("gpt2"), None, {"a": encoded(["w5"])}, sample, Words(), V, [10, 20], NEW)
     assert metrics["a"]["empty"] == 6 and metrics["a"]["rouge_l"] == pytest.approx(400 / 7) and [r["prediction"] for r in records[:2]] == ["w5", ""]
 
 @pytest.mark.pitfall(38)
@@ -123,7 +123,7 @@ def test_pitfall_38_another_number_of_predictions_is_an_error(n):
 @pytest.mark.pitfall(38)
 def test_pitfall_38_records_belong_to_their_examples():
     examples = encoded()
-    metrics, records = evaluate(tiny_model("gpt2"), None, {"a": examples, "b": examples[2:4]}, tell, Words(), V, [10, 20], NEW, batch_size=3)
+    metrics, records, _ = evaluate(tiny_model("gpt2"), None, {"a": examples, "b": examples[2:4]}, tell, Words(), V, [10, 20], NEW, batch_size=3)
     expected = [(s, seed, e.example.id, e.example.instruction, "  ".join(f"w{i}" for i in e.prompt_ids)) for s, es in (("a", examples), ("b", examples[2:4])) for seed in (10, 20) for e in es]
     assert [(r["set"], r["seed"], r["id"], r["instruction"], r["prediction"]) for r in records] == expected
     assert [metrics[s]["prompts"] for s in "ab"] == [7, 2] and len(metrics["a"]["rouge_l_per_prompt"]) == 7
@@ -131,7 +131,7 @@ def test_pitfall_38_records_belong_to_their_examples():
 def test_the_mean_is_over_prompts_and_seeds():
     "One seed answers all prompts right, the other none."
     def sample(prompts, keys, limits): return [[5] if k[0] == 10 else [6] for k in keys]
-    metrics, records = evaluate(tiny_model("gpt2"), None, {"a": encoded(["w5"])}, sample, Words(), V, [10, 20], NEW)
+    metrics, records, _ = evaluate(tiny_model("gpt2"), None, {"a": encoded(["w5"])}, sample, Words(), V, [10, 20], NEW)
     assert metrics["a"]["rouge_l"] == 50 and metrics["a"]["rouge_l_per_seed"] == {"10": 100, "20": 0} and metrics["a"]["rouge_l_per_prompt"] == [50] * 7
     assert "kl" not in metrics["a"] and {r["seed"]: r["rouge_l"] for r in records} == {10: 100, 20: 0}
 
@@ -373,10 +373,10 @@ def test_evaluate_gives_the_ids_of_the_first_seed_and_takes_the_teachers():
     student, teacher = two_models()
     sets = {"a": encoded(), "b": encoded()[2:5]}
     of = lambda m, **k: evaluate(m, teacher, sets, sampler(m, [EOS], PAD, V), Words(), V, [20, 10], NEW, batch_size=3, **k)
-    _, _, teachers = of(teacher, with_ids=True)
+    _, _, teachers = of(teacher)
     assert teachers == {s: written(sampler(teacher, [EOS], PAD, V), es, 20, NEW) for s, es in sets.items()} != {s: written(sampler(teacher, [EOS], PAD, V), es, 10, NEW) for s, es in sets.items()}
-    plain, records = of(student)                                    # two results unless asked for three
-    with_text, records_with, students = of(student, teacher_text=teachers, with_ids=True)
+    plain, records, _ = of(student)
+    with_text, records_with, students = of(student, teacher_text=teachers)
     assert records_with == records and students["a"] == written(sampler(student, [EOS], PAD, V), sets["a"], 20, NEW)
     for name, examples in sets.items():
         new = exposure(student, teacher, examples, students[name], teachers[name], PAD, V)
@@ -387,7 +387,7 @@ def test_evaluate_gives_the_ids_of_the_first_seed_and_takes_the_teachers():
 def test_the_teachers_own_text_has_no_excess():
     student, teacher = two_models()
     of = lambda **k: evaluate(teacher, teacher, {"a": encoded()}, sampler(teacher, [EOS], PAD, V), Words(), V, [10], NEW, **k)
-    metrics, _ = of(teacher_text=of(with_ids=True)[2])
+    metrics, *_ = of(teacher_text=of()[2])
     assert metrics["a"]["excess_error"] == 0 and metrics["a"]["kl"] == 0
 
 @pytest.mark.parametrize("text,message", [({"a": RESPONSES[:6]}, "6 responses for the 7 examples of 'a'"), ({"b": RESPONSES}, "0 responses for the 7 examples of 'a'"), (None, "without the teacher")])

@@ -1,13 +1,12 @@
 "A short run is the same with and without what makes it fast: one walk in chunks and blocks, readings that go on, teacher states that are reused, rows sorted by length."
 import pytest, torch
-from torch import nn
 import mgsr_nb.scrg as scrg
 import mgsr_nb.training as training
 from mgsr_nb.config import resolve
 from mgsr_nb.divergences import log_probs
 from mgsr_nb.objective import Evaluated, Objective, Rows
 from mgsr_nb.training import Distilled, Trainer, prepare
-from tiny_runs import save_pair, tiny_parameters
+from tiny_runs import save_pair, tiny_parameters, without_dropout
 
 
 def dense(self, text, names, counts):
@@ -53,8 +52,7 @@ def test_the_training_curve_is_unchanged_by_the_fast_path(kind, method, more, pa
     config = resolve(tiny_parameters(tmp_path, pair[kind], method=method, max_steps=6, max_new_tokens=10, micro_batch_size=2, chunk_tokens=7, learning_rate=3e-3, sub_learning_rate=1e-2, **more))
     def curve():
         setup = prepare(config, cpu=True)
-        for m in setup.student.modules():
-            if isinstance(m, nn.Dropout): m.p = 0.      # its draws depend on the order of the rows
+        without_dropout(setup.student)      # its draws depend on the order of the rows
         return [{k: v for k, v in row.items() if "seconds" not in k} for row in Trainer(setup).fit()]
     fast = curve()
     with monkeypatch.context() as m:

@@ -1,11 +1,9 @@
 """Training: the whole pipeline on tiny models of three architectures, and what a training loop gets wrong without anybody noticing."""
 import contextlib, csv, json, math
-from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args
 import pytest, torch
-from accelerate import Accelerator
 from tiny_models import KINDS, tiny_model
 from tiny_runs import UNEQUAL, Interrupted, interrupt_at, many_stops, moved, numbers, plain, state, tiny_parameters, tokenizer_of
 from mgsr_nb import sampling as S, training as T
@@ -16,36 +14,8 @@ from mgsr_nb.objective import NLL
 from mgsr_nb.training import Trainer, TrainingError, metrics_table, prepare, run, schedule_factor
 
 TERMS = ("sft", "dac", "span", "kd", "pg")
+KIND = "gpt2"       # of `config`, where none is given
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-@pytest.fixture
-def config(tmp_path, monkeypatch, local_models, shared_cache):
-    "`config(kind, **parameters)`: a tiny run below tmp_path; artefacts are shared by the tests of this session."
-    monkeypatch.setenv("MGSR_CACHE", str(shared_cache))
-    def make(kind="gpt2", **more):
-        teacher, student = local_models[kind]
-        if more.get("student") == "local": more["student"] = student
-        return resolve(tiny_parameters(tmp_path/"runs", teacher, **more))
-    return make
-
-@pytest.fixture(scope="module")
-def loaded(): return {}
-
-@pytest.fixture
-def trainer(config, loaded):
-    "`trainer(kind, **parameters)`: a trainer without a folder; models and data are loaded once, and the student is a fresh copy."
-    def make(kind="llama", dtype=torch.float32, change=lambda setup: None, **more):
-        c = config(kind, **more)
-        key = (kind, c.student, c.lora_rank, c.max_tokens)
-        if key not in loaded: loaded[key] = prepare(c, cpu=True)
-        setup = loaded[key]
-        copies = {name: deepcopy(getattr(setup, name)).to(dtype) for name in ("student", "teacher")}
-        setup = replace(setup, config=c, accelerator=Accelerator(mixed_precision="no", cpu=True), stops=list(setup.stops), **copies)
-        change(setup)
-        found = Trainer(setup)
-        found.distiller.to(dtype)
-        return found
-    return make
 
 def log_of(folder):
     with open(folder/"log.csv") as f: return plain(csv.DictReader(f))

@@ -1,12 +1,10 @@
 """Every method and every variant takes two steps and moves exactly what it should; then what single variants promise: which weights are kept, what is made once, what the log says."""
 import math
-from copy import deepcopy
-from dataclasses import replace
 from itertools import product
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from tiny_models import KINDS
-from tiny_runs import UNEQUAL, Interrupted, interrupt_at, many_stops, moved, numbers, plain, state, tiny_parameters
+from tiny_runs import LOADED, UNEQUAL, Interrupted, interrupt_at, many_stops, moved, numbers, plain, state
 from mgsr_nb import sampling as S, training as T
 from mgsr_nb.config import METHODS, open_run, resolve
 from mgsr_nb.data import labels, supervised
@@ -17,37 +15,6 @@ from mgsr_nb.span import pair_weights
 from mgsr_nb.training import Trainer, by_length, micro_batches, prepare, run
 
 TERMS = ("sft", "dac", "span", "kd", "pg")
-# what of the parameters a `Setup` depends on
-LOADED = ("teacher", "student", "teacher_sft_steps", "student_sft_steps", "lora_rank", "lora_alpha", "responses", "precision", "frozen_precision", "eval_exposure")
-
-@pytest.fixture
-def config(tmp_path, monkeypatch, local_models, shared_cache):
-    "`config(kind, **parameters)`: a tiny run below tmp_path; artefacts are shared by the tests of this session."
-    monkeypatch.setenv("MGSR_CACHE", str(shared_cache))
-    def make(kind="llama", **more):
-        replay = dict(threshold_start=0.9, buffer_size=4) if "off_policy" in (more.get("sampling"), METHODS[more.get("method", "mgsr")].get("sampling")) else {}
-        return resolve(tiny_parameters(tmp_path/"runs", local_models[kind][0], **{**replay, **more}))
-    return make
-
-@pytest.fixture(scope="module")
-def loaded(): return {}
-
-@pytest.fixture
-def trainer(config, loaded):
-    "`trainer(kind, **parameters)`: a trainer in memory. What `LOADED` names is loaded once for all tests, and each gets copies of the models."
-    def make(kind="llama", dtype=None, change=lambda setup: None, **more):
-        c = config(kind, **more)
-        key = (kind, *(getattr(c, name) for name in LOADED))
-        if key not in loaded: loaded[key] = prepare(c, cpu=True)
-        setup = loaded[key]
-        setup = replace(setup, config=c, stops=list(setup.stops), student=deepcopy(setup.student), teacher=deepcopy(setup.teacher))
-        if dtype: setup.student, setup.teacher = setup.student.to(dtype), setup.teacher.to(dtype)
-        change(setup)
-        found = Trainer(setup)
-        if dtype: found.distiller.to(dtype)
-        return found
-    return make
-
 # --- two steps of everything
 
 def named(**parameters): return pytest.param(parameters, id=",".join(f"{k}={v}" for k, v in parameters.items()))
