@@ -15,6 +15,9 @@ PYTEST_ARGS ?=
 # passed on to mgsr-run, for example: make quickstart RUN_ARGS="-p dac_weight 0.5"
 RUN_ARGS ?=
 
+# whose growth with tokens and vocabulary `make performance` measures
+GROWTH := mgsr,dense_forward_kl,liger_jsd_same_chunk,floor_matrix_products
+
 VENV2 := .venv-nbdev2
 STAMP2 := $(VENV2)/.installed
 NBDEV2 := 'nbdev==2.4.14' 'execnb<0.2' 'fastcore<2' 'ghapi<2'
@@ -22,9 +25,9 @@ NBDEV2 := 'nbdev==2.4.14' 'execnb<0.2' 'fastcore<2' 'ghapi<2'
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test export readme nbdev2-check performance gpu-check clean
+.PHONY: help install quickstart test export readme docs nbdev2-check performance gpu-check clean
 help:
-	@echo "make quickstart | test | install | export | readme | nbdev2-check | performance | gpu-check | clean"
+	@echo "make quickstart | test | install | export | readme | docs | nbdev2-check | performance | gpu-check | clean"
 
 install: $(STAMP)
 $(STAMP): $(INSTALL_FILES)
@@ -54,6 +57,11 @@ export: $(STAMP)
 readme: $(STAMP)
 	$(BIN)/python tools/make_readme.py
 
+# the site in _docs/: open _docs/index.html, or put the folder on any static host
+docs: $(STAMP)
+	@$(BIN)/python -c 'import smalldocs' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python tools/docs.py
+
 $(STAMP2): Makefile
 	test -x $(VENV2)/bin/python || $(PYTHON) -m venv $(VENV2)
 	$(VENV2)/bin/python -m pip install --quiet $(NBDEV2)
@@ -63,7 +71,12 @@ nbdev2-check: $(STAMP2)
 
 # on a machine that does nothing else; with the peers: .venv/bin/pip install -c constraints.txt -e '.[bench]'
 performance: $(STAMP)
-	for part in loss scrg step; do $(BIN)/python tools/bench.py $$part --out runs/performance/$$part.csv || exit 1; done
+	$(BIN)/python tools/bench.py loss --out runs/performance/loss.csv
+	$(BIN)/python tools/bench.py loss --out runs/performance/growth.csv --rounds 3 --cases $(GROWTH) --rows 256,512,1024 --vocab 12288,24576,49152
+	$(BIN)/python tools/bench.py scrg --out runs/performance/scrg.csv
+	$(BIN)/python tools/bench.py step --out runs/performance/step.csv
+	$(BIN)/python -m jupyter execute --inplace nbs/12_performance.ipynb
+	$(BIN)/nbdev-clean
 
 # compares the first losses with the CPU's, runs the quickstart, measures; without CUDA it says so
 gpu-check: $(STAMP)

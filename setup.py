@@ -6,6 +6,6 @@ config = ConfigParser(delimiters=['='])
 config.read('settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 setup(version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
-      install_requires=cfg['requirements'].split(), extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'bench', 'spacy')},
+      install_requires=cfg['requirements'].split(), extras_require={name.removesuffix('_requirements'): cfg[name].split() for name in cfg if name.endswith('_requirements')},
       entry_points={'console_scripts': cfg['console_scripts'].split(),
                     'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]})

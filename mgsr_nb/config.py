@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVAL_SET_NAMES', 'DIVERGENCE_NAMES', 'ELSEWHERE', 'CHECKS', 'PRESETS', 'METHODS', 'ConfigError', 'RunConfig',
            'resolve', 'from_notebook', 'run_name', 'project_root', 'write_atomic', 'write_json', 'write_csv',
-           'run_folder', 'open_run', 'finished', 'parameter_table']
+           'run_folder', 'open_run', 'recorded_digest', 'finished', 'parameter_table']
 
 # %% ../nbs/00_config.ipynb #f302dab8
 import ast, csv, difflib, hashlib, io, json, os, re, shutil
@@ -25,7 +25,7 @@ ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite"
 def _number(default, meaning, **bounds): return Field(default, description=meaning, allow_inf_nan=False, **bounds)
 def _choice(default, meaning): return Field(default, description=meaning)
 
-# %% ../nbs/00_config.ipynb #020b13e1
+# %% ../nbs/00_config.ipynb #fa925f36
 class RunConfig(BaseModel):
     """All parameters of one run, validated and immutable; the defaults are the `quickstart` preset.
 
@@ -126,6 +126,7 @@ class RunConfig(BaseModel):
     checkpoint_every: int = _number(0, "steps between checkpoints; 0: none", ge=0)
     log_every: int = _number(1, "steps between rows of log.csv", ge=1)
     save_student: bool = _choice(True, "write the student as a Hugging Face checkpoint")
+    save_samples: int = _number(0, "prompts of each set whose answers samples.jsonl keeps; 0: all", ge=0)
 
     @field_validator("eval_sets", "eval_seeds", mode="before")
     @classmethod
@@ -224,7 +225,7 @@ def _nearest(name, known) -> str:
     close = difflib.get_close_matches(str(name), [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
-# %% ../nbs/00_config.ipynb #71208d36
+# %% ../nbs/00_config.ipynb #95db30a9
 # the settings that the paper and the DistiLLM protocol share; 32 sequences a step are 4 GPUs x 8, an epoch is about 13,400 examples or 420 steps
 _paper = dict(data="dolly", max_prompt_tokens=256, max_tokens=512, max_new_tokens=256, batch_size=32, micro_batch_size=8, warmup_steps=0, learning_rate=5e-4,
               chunk_tokens=1024, eval_prompts=0, eval_seeds="10,20,30,40,50", eval_every=420, checkpoint_every=420, log_every=10, select="rouge_l", eval_exposure=True)
@@ -234,6 +235,9 @@ PRESETS = {
     "quickstart": {},
     "smollm2-dolly": dict(data="dolly", teacher_sft_steps=150, batch_size=8, max_prompt_tokens=192, max_tokens=320, max_new_tokens=96, max_steps=120,
                           warmup_steps=10, eval_prompts=64, eval_every=40, checkpoint_every=40),
+    # small enough for a whole suite of ablations on two cores: a cell takes minutes. So few steps need a threshold that does not start at 0
+    "laptop-dolly": dict(data="dolly", teacher_sft_steps=100, max_prompt_tokens=96, max_tokens=144, max_new_tokens=32, max_steps=24, threshold_start=0.5,
+                         eval_prompts=64, eval_every=12, save_samples=8),
     "gpt2-dolly": dict(_paper, **_full, teacher="openai-community/gpt2-xl", student="openai-community/gpt2", teacher_sft_steps=4200, max_steps=8400),      # 20 epochs, all weights
     "opt-dolly": dict(_paper, **_full, **_lora, teacher="facebook/opt-6.7b", student="facebook/opt-1.3b"),
     "openllama-dolly": dict(_paper, **_full, **_lora, teacher="openlm-research/open_llama_7b_v2", student="openlm-research/open_llama_3b_v2"),
@@ -354,7 +358,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer.writeheader(); writer.writerows(rows)
     write_atomic(path, out.getvalue())
 
-# %% ../nbs/00_config.ipynb #7ed8b255
+# %% ../nbs/00_config.ipynb #ca71c174
 def run_folder(config: RunConfig) -> Path:
     "Where the run lies; nothing is made."
     root = Path(config.runs_dir)
@@ -363,16 +367,26 @@ def run_folder(config: RunConfig) -> Path:
 def open_run(config: RunConfig) -> Path:
     """The run's folder, with its config.json written. Raises `ConfigError` if it holds another configuration and `overwrite` is off."""
     folder = run_folder(config)
-    record = folder/"config.json"
-    if record.is_file() and not config.overwrite:
-        other = json.loads(record.read_text()).get("digest")
-        if other != config.digest:
-            raise ConfigError(f"run_name: {folder} already holds a run with other parameters (digest {other}, this one {config.digest}); choose another run_name, or set overwrite True")
+    other = recorded_digest(folder)
+    if other == config.digest and not config.overwrite: return folder
+    if other and not config.overwrite:
+        raise ConfigError(f"run_name: {folder} already holds a run with other parameters (digest {other}, this one {config.digest}); choose another run_name, or set overwrite True")
     if config.overwrite:  # a finished run of the same name must not pass for this one
-        for name in ("metrics.json", "log.csv", "samples.jsonl"): (folder/name).unlink(missing_ok=True)
+        for name in ("metrics.json", "log.csv", "samples.jsonl", "error.json", "train.ipynb"): (folder/name).unlink(missing_ok=True)
         for name in ("checkpoints", "best", "student"): shutil.rmtree(folder/name, ignore_errors=True)
-    write_json(record, {"digest": config.digest, **config.model_dump(exclude={"data_dir", "runs_dir"})})
+    write_json(folder/"config.json", {"digest": config.digest, **config.model_dump(exclude={"data_dir", "runs_dir"})})
     return folder
+
+def recorded_digest(folder: Path) -> Optional[str]:
+    """The digest of the run that a folder holds, None if it holds none: its config.json, read by this version.
+
+    So a parameter that is newer than the run has its default there. (A new parameter's default must therefore be what was done before it.)"""
+    record = Path(folder)/"config.json"
+    if not record.is_file(): return None
+    content = json.loads(record.read_text())
+    written = content.pop("digest", "unknown")
+    try: return RunConfig(**{k: v for k, v in content.items() if k not in ELSEWHERE}).digest
+    except ValueError: return written       # it has a parameter or a value that is gone
 
 def finished(folder: Path) -> bool:
     "Whether the run ended: metrics.json is written last."

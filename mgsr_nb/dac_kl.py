@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'TARGETS', 'REMAINDERS', 'CLASSES', 'quantile_interval', 'clip_mask', 'class_weights', 'log_mass',
-           'renormalised_kl', 'rest_term', 'subset_kl', 'SubNetwork', 'Clip', 'LearnedClip', 'FixedClip', 'TopFraction',
-           'NoClip', 'DACKL']
+           'renormalised_kl', 'rest_term', 'subset_kl', 'weighted_kl', 'SubNetwork', 'Clip', 'LearnedClip', 'FixedClip',
+           'TopFraction', 'NoClip', 'DACKL']
 
 # %% ../nbs/04_dac_kl.ipynb #d1c45427
 import math
@@ -92,7 +92,7 @@ def rest_term(log_q: Tensor, log_p: Tensor, rest: Tensor) -> Tensor:
     rest_p, rest_q = log_mass(log_p, rest), log_mass(log_q, rest)
     return rest_p.exp() * (rest_p - rest_q)
 
-# %% ../nbs/04_dac_kl.ipynb #8c433db0
+# %% ../nbs/04_dac_kl.ipynb #0d9d9402
 def subset_kl(log_q: Tensor,                   # (N, V) student log-probabilities, finite (see `log_probs`)
               log_p: Tensor,                   # (N, V) teacher log-probabilities, finite
               mask: Tensor,                    # (N, V) in [0, 1] or bool: how much each class is kept
@@ -100,9 +100,12 @@ def subset_kl(log_q: Tensor,                   # (N, V) student log-probabilitie
               remainder: str = 'as_printed'    # 'as_printed' (paper Eq. 8), 'renormalise', 'bucket'
              ) -> Tensor:                      # (N,) nats; 'as_printed' can be negative
     "Forward KL on the kept classes. With 'bucket', target='twice' counts once. `ValueError` for an unknown option."
-    _one_of('remainder', remainder, REMAINDERS)
     log_q, log_p = at_least_float32(log_q), at_least_float32(log_p)
-    weight = class_weights(log_p, mask.to(log_p.dtype), target)
+    return weighted_kl(log_q, log_p, class_weights(log_p, mask.to(log_p.dtype), target), remainder)
+
+def weighted_kl(log_q: Tensor, log_p: Tensor, weight: Tensor, remainder: str = 'as_printed') -> Tensor:
+    "`subset_kl` from the weights of the classes: (N, V) three times -> (N,) nats."
+    _one_of('remainder', remainder, REMAINDERS)
     if remainder == 'renormalise': return renormalised_kl(log_q, log_p, weight)
     if remainder == 'bucket': weight = weight.clamp(max=1)
     kept = (weight * log_p.exp() * (log_p - log_q)).sum(-1)
@@ -192,7 +195,7 @@ class NoClip(nn.Module):
         "(N, V), (N, V) -> Clip without limits."
         return Clip(torch.ones_like(log_p, dtype=at_least_float32(log_p).dtype))
 
-# %% ../nbs/04_dac_kl.ipynb #f624b833
+# %% ../nbs/04_dac_kl.ipynb #5e06f31b
 class DACKL(nn.Module):
     "Distribution-adaptive clipping KL (paper Eq. 5-8): one value per token, not averaged."
     def __init__(self, clip: nn.Module, target: str = 'once', remainder: str = 'as_printed',
@@ -211,8 +214,8 @@ class DACKL(nn.Module):
         log_q, log_p = at_least_float32(log_q), at_least_float32(log_p).detach()
         clip = self.clip(log_q, log_p)
         mask = clip.mask * (self.classes != 'target')   # a product, so that f_sub stays in the graph
-        values = subset_kl(log_q, log_p, mask, self.target, self.remainder)
-        return values, self.diagnose(clip, class_weights(log_p, mask, self.target), log_p)
+        weight = class_weights(log_p, mask, self.target)
+        return weighted_kl(log_q, log_p, weight, self.remainder), self.diagnose(clip, weight, log_p)
 
     @staticmethod
     @torch.no_grad()

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from tiny_models import EOS, KINDS, PAD, tiny_model
 from mgsr_nb.config import PRESETS, resolve
 from mgsr_nb.data import Encoded, Example
-from mgsr_nb.evaluation import (accumulated_error, answers, distinct_n, evaluate, excess_error, excess_errors, exposure, held_out, repetition, rouge_l, score_answers,
+from mgsr_nb.evaluation import (accumulated_error, answers, distinct_n, evaluate, excess_error, excess_errors, exposure, held_out, repetition, response_states, rouge_l, score_answers,
                                 token_losses, usable_length, written)
 from mgsr_nb.sampling import generator_for, sampler
 
@@ -199,9 +199,26 @@ def test_held_out_equals_a_naive_loop(kind):
     student, teacher = tiny_model(kind, dtype=torch.float64, seed=1), tiny_model(kind, 3, vocab=V + 4, dtype=torch.float64, seed=2)
     expected = naive_held_out(student, teacher, encoded())
     assert expected["tokens"] == sum(map(len, RESPONSES)) and expected["kl"] > 0.1
+    whole = lambda found: {k: v for k, v in found.items() if not k.endswith("_per_prompt")}
     for batch_size, chunk in ((1, 1), (2, 7), (3, 256), (16, 5)):
-        assert held_out(student, teacher, encoded(), PAD, V, batch_size, chunk) == pytest.approx(expected, rel=1e-10)
-    assert held_out(student, None, encoded(), PAD, V) == pytest.approx({k: v for k, v in expected.items() if k != "kl"}, rel=1e-10)
+        assert whole(held_out(student, teacher, encoded(), PAD, V, batch_size, chunk)) == pytest.approx(expected, rel=1e-10)
+        known = response_states(teacher, encoded(), PAD, batch_size)
+        assert [x.shape for x in known] == [(len(r), teacher.config.hidden_size) for r in RESPONSES]
+        assert whole(held_out(student, teacher, encoded(), PAD, V, batch_size, chunk, known)) == pytest.approx(expected, rel=1e-10)
+    assert whole(held_out(student, None, encoded(), PAD, V)) == pytest.approx({k: v for k, v in expected.items() if k != "kl"}, rel=1e-10)
+
+@every_kind
+def test_each_prompt_has_its_own_losses(kind):
+    student, teacher = tiny_model(kind, dtype=torch.float64, seed=1), tiny_model(kind, 3, vocab=V + 4, dtype=torch.float64, seed=2)
+    found, alone = held_out(student, teacher, encoded(), PAD, V), [naive_held_out(student, teacher, [e]) for e in encoded()]
+    for name in ("nll", "kl"): assert found[f"{name}_per_prompt"] == pytest.approx([a[name] for a in alone], abs=6e-6)      # five decimals are kept
+    assert found["tokens_per_prompt"] == [a["tokens"] for a in alone]
+
+def test_known_states_spare_the_teacher_from_reading():
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    known = response_states(teacher, encoded(), PAD)
+    teacher.model.forward = None        # only its head may be used
+    held_out(student, teacher, encoded(), PAD, V, known=known)
 
 @every_kind
 def test_a_model_is_at_no_distance_from_itself_and_leaves_evaluation_as_it_came(kind):
@@ -209,7 +226,7 @@ def test_a_model_is_at_no_distance_from_itself_and_leaves_evaluation_as_it_came(
     assert held_out(model, model, encoded(), PAD, V)["kl"] == 0 and model.training      # with dropout it would not be 0
     assert all(p.grad is None for p in model.parameters())
 
-def test_no_examples_give_zero_tokens(): assert held_out(tiny_model("gpt2"), None, [], PAD, V) == {"nll": 0., "tokens": 0}
+def test_no_examples_give_zero_tokens(): assert held_out(tiny_model("gpt2"), None, [], PAD, V) == {"nll": 0., "nll_per_prompt": [], "tokens": 0, "tokens_per_prompt": []}
 
 # --- the losses of every token
 

@@ -7,7 +7,7 @@ from tiny_models import EOS, KINDS, PAD, tiny_model
 from mgsr_nb import sampling as S
 from mgsr_nb.data import Encoded, Example, collate, supervised
 from mgsr_nb.models import add_lora, base_model, decoder, hidden_states
-from mgsr_nb.sampling import Fixed, Mixed, OnPolicy, Reading, draw_tokens, evaluating, generate, generator_for, noise, sampler
+from mgsr_nb.sampling import Fixed, Mixed, OnPolicy, Reading, draw_tokens, evaluating, few_rows, generate, generator_for, noise, sampler
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 V = 60
@@ -552,3 +552,22 @@ def test_a_reading_under_autocast_is_finite_and_can_be_written_on(kind):
         texts = write(model, PROMPTS, [5] * 8, reading, stops=())
     assert reading.hidden.isfinite().all() and all(len(t) == 5 and max(t) < V for t in texts)
     for b, p in enumerate(PROMPTS): assert (reading.hidden[b, :len(p)].float() - whole[b, :len(p)]).abs().max() < 0.1 * whole[b, :len(p)].abs().max()
+
+
+# --- a few rows on a CPU
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('shape', [(1,), (4, 1), (2, 3, 5), (33,)])
+def test_few_rows_computes_what_linear_computes_and_leaves_no_trace(bias, shape):
+    layer = nn.Linear(7, 5, bias=bias).double()
+    x = torch.randn(*shape, 7, dtype=torch.float64)
+    usual = layer(x)
+    with few_rows(layer): found = layer(x)
+    assert found.shape == usual.shape and torch.allclose(found, usual, atol=1e-12, rtol=0) and 'forward' not in vars(layer)
+
+def test_few_rows_leaves_other_layers_alone():
+    class Own(nn.Linear): pass
+    own, patched = Own(3, 3), nn.Linear(3, 3)
+    patched.forward = lambda x: 'mine'
+    with few_rows(own, patched): assert 'forward' not in vars(own) and patched(None) == 'mine'
+    assert patched(None) == 'mine'

@@ -200,6 +200,15 @@ def sampling(x, revised):
         return sum(written) / x.batch
     return step
 
+@case('scrg', 'score', 'generate')
+def score(x):
+    "What both models' reading and comparing of such texts takes by itself; what is left of `generate_and_scrg` is the student's writing."
+    trainer, rows = x.trainer(method='mgsr'), list(range(x.batch))
+    pairs, _ = trainer.source(0, x.setup.train[:x.batch], rows)
+    def step():
+        with trainer.accelerator.autocast(): return trainer.revise.scorer(pairs, [(0, 'teacher', 0, row, 0) for row in rows]).kl.mean()
+    return step
+
 def forward(x, model, ids):
     "Logits of the response tokens' positions, (B, new_tokens, V)."
     with x.setup.accelerator.autocast(): return model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=x.new_tokens).logits
@@ -228,13 +237,14 @@ def floor_teacher(x):
 
 @case('step', 'floor_decode', 'floor_student')
 def floor_decode(x):
-    "The student writes the response tokens, the likeliest one each time, with a cache."
+    "The student writes the response tokens, the likeliest one each time, with a cache, its products in the faster of the ways that we know."
     import torch
+    from mgsr_nb.sampling import few_rows
     prompts, student = x.tokens()[:, :x.o.prompt_tokens], x.setup.student
     def step():
         student.eval()
         ids, cache = prompts, None
-        with torch.no_grad(), x.setup.accelerator.autocast():
+        with torch.no_grad(), few_rows(student), x.setup.accelerator.autocast():
             for _ in range(x.new_tokens):
                 found = student(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 ids, cache = found.logits[:, -1:].argmax(-1), found.past_key_values
@@ -457,7 +467,7 @@ def options(args):
     p.add_argument('--threads', type=int, default=2)
     p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--no-memory', dest='memory', action='store_false', help='time only')
-    p.add_argument('--chunk-tokens', type=int, default=256, help='rows that our objective projects at once')
+    p.add_argument('--chunk-tokens', type=int, default=128, help='rows that our objective projects at once')
     p.add_argument('--rows', type=many, default=[1024], help='loss: N')
     p.add_argument('--vocab', type=many, default=[49152], help='loss: V')
     p.add_argument('--hidden', type=int, default=576, help='loss: H')

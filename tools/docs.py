@@ -1,0 +1,181 @@
+"""Build the documentation site from the notebooks and their stored outputs: offline, for file:// and any static host.
+
+nbdev processes the notebooks and asks the library for signatures and docstrings; no cell is executed. smalldocs lays out the pages, KaTeX (in
+tools/katex, as its authors publish it) renders the formulas. Run it with `make docs`, or `python tools/docs.py --out FOLDER`.
+"""
+import argparse, ast, importlib, json, os, re, shutil, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KATEX = ROOT/'tools'/'katex'
+GROUPS = {'Start here': ['index', 'explorer'],
+          'The chapters': [],                                     # every numbered notebook, in order
+          'Run it': ['train', 'report', 'troubleshooting'],
+          'Look it up': ['equations', 'api']}
+NUMBERED = re.compile(r'(\d\d[a-z]?)_')
+# options of _quarto.yml and of nbdev that smalldocs leaves alone; output-file is read by us
+QUARTO_ONLY = re.compile(r'key format-links|format commonmark|keep-md|output-file')
+# without a server a page may not read search.json: the same index comes as a script
+SEARCH = '''<script>
+if (location.protocol === "file:") {
+  const fetched = window.fetch;
+  window.fetch = url => !String(url).endsWith("search.json") ? fetched(url) : new Promise((resolve, reject) => {
+    const script = document.createElement("script");
+    script.src = String(url).replace(/search\\.json$/, "search.js");
+    script.onload = () => resolve(new Response(window.searchIndex)); script.onerror = reject;
+    document.head.append(script);
+  });
+}
+</script>'''
+
+
+# ---- what nbdev does with a notebook
+
+def equations(nbs):
+    "{qualified name of a function or class: numbers of the equations that it is}, from the one table in nbs/equations.json."
+    found = {}
+    for row in json.loads((Path(nbs)/'equations.json').read_text(encoding='utf-8')):
+        for symbol in row['symbols']: found.setdefault(symbol, []).extend(row['numbers'])
+    return found
+
+def processors(nbs):
+    "nbdev's processors, with our changes: no cell is executed, plumbing (`#| export`) is folded and not removed, and equations are linked."
+    from nbdev.processors import FilterDefaults, exec_show_docs, rm_export
+    from nbdev.process import Processor
+    numbers = equations(nbs)
+
+    class show_library(exec_show_docs):
+        "`show_doc` of the names in the exported module, instead of executing the cells that define them."
+        def begin(self):
+            super().begin()
+            self.nb.module_ = next((c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in (c.get('directives_') or {})), None)
+            if self.nb.module_: self.k.user_ns.update(vars(importlib.import_module(f'mgsr_nb.{self.nb.module_}')))
+        def __call__(self, cell):
+            if re.match(r'(#\|.*\n)*show_doc\(', cell.source or ''): super().__call__(cell)
+
+    def fold_export(cell):
+        if cell.cell_type != 'code' or 'export' not in cell.directives_ or 'hide' in cell.directives_: return rm_export(cell)
+        defines = any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in cell.parsed_() or [])
+        if not defines: return rm_export(cell)
+        cell.source = f'#| code-fold: true\n#| code-summary: "Source"\n{cell.source}'
+
+    class tidy_docs(Processor):
+        "Under the heading of a function that is an equation: a link to the table. No link to a source on a host that is not known."
+        def cell(self, cell):
+            name = re.search(r'^show_doc\((\w+)\)', cell.source or '', re.M)
+            eqs = numbers.get(f'mgsr_nb.{self.nb.module_}.{name[1]}', []) if name else []
+            links = ', '.join(f'[Eq. {n}](equations.ipynb#eq-{n})' for n in eqs)
+            for data in (out.get('data', {}) for out in cell.get('outputs', []) if name):
+                text = re.sub(r'(?m)^\[source\]\(/.*\n+', '', ''.join(data.get('text/markdown', '')))
+                if eqs: text = re.sub(r'(?m)^(#+ .*)$', rf'\1\n\nPaper: {links}', text, count=1)
+                if text: data['text/markdown'] = text
+
+    def still(cell):
+        "A widget without its kernel is only a line of text: leave it out."
+        if cell.cell_type == 'code':
+            cell.outputs = [o for o in cell.get('outputs', []) if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
+
+    class Chapters(FilterDefaults):
+        def base_procs(self): return [{rm_export: fold_export, exec_show_docs: show_library}.get(p, p) for p in super().base_procs()] + [tidy_docs, still]
+    return Chapters
+
+def processed(nbs, workers=0):
+    "Folder of the processed notebooks."
+    import nbdev.serve
+    nbdev.serve.FilterDefaults = processors(nbs)
+    os.environ['MPLBACKEND'] = 'agg'
+    return nbdev.serve.proc_nbs(n_workers=workers, force=True)
+
+
+# ---- pages that no notebook holds
+
+def title_of(notebook):
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    return next((m[1] for c in cells if c['cell_type'] == 'markdown' for m in [re.search(r'^# (.+)$', ''.join(c['source']), re.M)] if m), notebook.stem)
+
+def sidebar(nbs):
+    "The notebooks in reading order, as `website.sidebar.contents`."
+    names = sorted(p.stem for p in nbs.glob('*.ipynb'))
+    groups = {title: list(stems) for title, stems in GROUPS.items()}
+    groups['The chapters'] = [n for n in names if NUMBERED.match(n)]
+    listed = {n for stems in groups.values() for n in stems}
+    groups['Look it up'] += [n for n in names if n not in listed]
+    def entry(stem):
+        if stem == 'api': return {'href': 'api.md', 'text': 'API reference'}
+        number = NUMBERED.match(stem)
+        title = 'Overview' if stem == 'index' else title_of(nbs/f'{stem}.ipynb').split(':')[0]
+        return {'href': f'{stem}.ipynb', 'text': f'{number[1]} {title}' if number else title}
+    return [{'section': title, 'contents': [entry(s) for s in stems if s == 'api' or s in names]} for title, stems in groups.items()]
+
+def first_line(node): return (ast.get_docstring(node) or '').split('\n')[0]
+
+def api(nbs, lib):
+    "Markdown of the index of everything exported, with the first line of each docstring."
+    lines = ['---', 'title: API reference', 'description: Everything that the notebooks export, with the first line of its docstring. Each name leads to its signature, shapes and source.', '---', '']
+    for notebook in sorted(p for p in nbs.glob('*.ipynb') if NUMBERED.match(p.stem)):
+        module = re.search(r'#\|\s*default_exp (\w+)', notebook.read_text(encoding='utf-8'))
+        if not module: continue
+        tree = ast.parse((lib/f'{module[1]}.py').read_text(encoding='utf-8'))
+        nodes = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
+        lines += [f'## {module[1]}', '', f'[{title_of(notebook)}]({notebook.name})', '', '| name | |', '|---|---|']
+        escaped = lambda text: re.sub(r'([|*_<\[$])', r'\\\1', text)
+        lines += [f'| [`{n.name}`]({notebook.name}#{n.name.lower()}) | {escaped(first_line(n))} |' for n in nodes] + ['']
+    return '\n'.join(lines)
+
+
+# ---- the site
+
+def site(source, out):
+    "smalldocs' site of the processed notebooks: local KaTeX, nbdev's page names, the search index for file://."
+    from smalldocs import layout
+    from smalldocs.config import load
+    from smalldocs.site import Site
+    layout.KATEX = 'site_libs/katex'      # all pages lie in one folder
+
+    class Pages(Site):
+        def read(self, src):
+            page = super().read(src)
+            if name := page.front.get('output-file'): page.out = page.out.with_name(name)
+            return page
+        def find_page(self, target):
+            return super().find_page(target) or next((p for p in self.pages.values() if p.out == target), None)
+
+    project = load(source)
+    website = project.config['website']
+    website.pop('site-url', None)         # no sitemap for a host that is not known
+    website.update({'page-navigation': True, 'back-to-top-navigation': True})
+    website['sidebar'] = {**website.get('sidebar', {}), 'contents': sidebar(ROOT/'nbs')}
+    project.config['format']['html']['include-in-header'] = [{'text': SEARCH}]
+    built = Pages(project, quiet=True)
+    built.out = out
+    built.build()
+    return built
+
+def finish(out):
+    "What smalldocs leaves to a network: KaTeX beside the pages, the search index as a script, no fonts from another host."
+    shutil.copytree(KATEX, out/'site_libs'/'katex', dirs_exist_ok=True)
+    index = (out/'search.json').read_text(encoding='utf-8')
+    (out/'search.js').write_text(f'window.searchIndex = {json.dumps(index)};', encoding='utf-8')
+    (out/'.nojekyll').touch()
+    for css in (out/'site_libs').rglob('*.css'):
+        text = css.read_text(encoding='utf-8')
+        local = re.sub(r'@import\s*(url\(\s*["\']?https?:[^)]*\)|(["\'])https?:.*?\2)[^;]*;', '', text)
+        if local != text: css.write_text(local, encoding='utf-8')
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--out', type=Path, default=ROOT/'_docs')
+    out = parser.parse_args(argv).out.resolve()
+    os.chdir(ROOT)
+    os.environ.setdefault('HF_HUB_OFFLINE', '1')
+    start = time.time()
+    source = processed(ROOT/'nbs')
+    (source/'api.md').write_text(api(ROOT/'nbs', ROOT/'mgsr_nb'), encoding='utf-8')
+    built = site(source, out)
+    finish(out)
+    for warning in built.warnings:
+        if not QUARTO_ONLY.search(warning): print('warning:', warning)
+    print(f'{len(built.pages)} pages in {os.path.relpath(out)}, {time.time() - start:.0f} s')
+    return 1 if built.broken else 0
+
+if __name__ == '__main__': raise SystemExit(main())
