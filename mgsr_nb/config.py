@@ -25,7 +25,7 @@ ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite"
 def _number(default, meaning, **bounds): return Field(default, description=meaning, allow_inf_nan=False, **bounds)
 def _choice(default, meaning): return Field(default, description=meaning)
 
-# %% ../nbs/00_config.ipynb #fa925f36
+# %% ../nbs/00_config.ipynb #62cc9111
 class RunConfig(BaseModel):
     """All parameters of one run, validated and immutable; the defaults are the `quickstart` preset.
 
@@ -109,6 +109,7 @@ class RunConfig(BaseModel):
     # optimisation
     max_steps: int = _number(20, "optimiser updates", ge=1)
     batch_size: int = _number(4, "sequences of one update, over all processes together", ge=1)
+    length_buckets: int = _number(1, "steps whose sequences are sorted by length together, so that a batch pads less; 1: none are", ge=1)
     micro_batch_size: int = _number(0, "sequences of one forward pass of a process; 0: all of its share", ge=0)
     chunk_tokens: int = _number(128, "rows of (tokens x vocabulary) in memory at once", ge=1)
     learning_rate: float = _number(1e-4, "peak learning rate of the student (and of the teacher's fine-tuning)", gt=0)
@@ -169,7 +170,7 @@ class RunConfig(BaseModel):
         content = {k: v for k, v in self.model_dump().items() if k not in ELSEWHERE}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_config.ipynb #6b864b36
+# %% ../nbs/00_config.ipynb #d38429eb
 def _check_limits(c):
     upper, lower = c.limits
     if c.clip in ("learned", "fixed_quantile", "fixed_percentile") and not lower < upper:
@@ -216,13 +217,19 @@ def _check_lists(c):
 def _check_names(c):
     if c.run_name and not re.fullmatch(r"\w[\w=.,+-]*(/\w[\w=.,+-]*)*", c.run_name):
         raise ConfigError(f"run_name: got {c.run_name!r}; allowed: letters, digits and _=.,+- with / between folders, each beginning with a letter or digit")
+    for name in ("teacher", "student", "runs_dir"):
+        if not getattr(c, name).strip(): raise ConfigError(f"{name}: is empty; allowed: {_allowed(name)}")
+    for name in ("teacher", "student", "runs_dir", "data_dir"):
+        if re.search("[\0\ud800-\udfff]", getattr(c, name)): raise ConfigError(f"{name}: got {getattr(c, name)!r}; allowed: text without the character 0 and halves of characters")
+    if len(c.run_name) > 500 or any(len(os.fsencode(part)) > 200 for part in c.run_name.split("/")):
+        raise ConfigError(f"run_name: {len(c.run_name)} characters; allowed: folders of at most 200 bytes, 500 characters in all")
     if c.data_dir and not Path(c.data_dir).is_dir():
         raise ConfigError(f"data_dir: there is no folder {c.data_dir!r} (looked from {Path.cwd()}); allowed: an existing folder, or empty")
 
 CHECKS = (_check_limits, _check_classes, _check_scrg, _check_policy, _check_select, _check_weights, _check_lengths, _check_batch, _check_lists, _check_names)
 
 def _nearest(name, known) -> str:
-    close = difflib.get_close_matches(str(name), [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)
+    close = isinstance(name, str) and difflib.get_close_matches(name, [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 # %% ../nbs/00_config.ipynb #95db30a9
@@ -262,7 +269,7 @@ METHODS = {
     "distillm_forward": dict(_plain, sampling="off_policy", kd_weight=1.0, kd_loss="skew_forward_kl"),
 }
 
-# %% ../nbs/00_config.ipynb #2f25ef50
+# %% ../nbs/00_config.ipynb #f1ad284c
 def _allowed(name) -> str:
     field = RunConfig.model_fields[name]
     args = getattr(field.annotation, "__args__", None)
@@ -273,13 +280,19 @@ def _allowed(name) -> str:
     words = {int: "a whole number", float: "a number", bool: "True or False (papermill: -p NAME True)", str: "text"}
     return " ".join([words[kind], " and ".join(bounds)]).strip()
 
+def _shown(value) -> str:
+    "What was given, in an error: at most 300 characters of it."
+    try: text = repr(value)
+    except ValueError: text = "a number with too many digits"
+    return text if len(text) <= 300 else text[:300] + "..."
+
 def _explain(error) -> str:
     if not error["loc"]: return str(error.get("ctx", {}).get("error", error["msg"]))
     name, given = error["loc"][0], error.get("input")
     hint = "" if not isinstance(given, str) else _nearest(given, getattr(RunConfig.model_fields[name].annotation, "__args__", ()) or ())
-    return f"{name}: got {given!r} ({type(given).__name__}){hint}; allowed: {_allowed(name)}"
+    return f"{name}: got {_shown(given)} ({type(given).__name__}){hint}; allowed: {_allowed(name)}"
 
-# %% ../nbs/00_config.ipynb #c32b2feb
+# %% ../nbs/00_config.ipynb #b1a41bc6
 def resolve(params: dict[str, Any] = {}, **more) -> RunConfig:
     """The `RunConfig` of the parameters that were set explicitly, over those of their method, over those of their preset.
 
@@ -287,13 +300,15 @@ def resolve(params: dict[str, Any] = {}, **more) -> RunConfig:
     given = {**params, **more}
     preset = given.get("preset", "quickstart")
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ConfigError(f"preset: got {preset!r}{_nearest(preset, PRESETS)}; allowed: one of {', '.join(PRESETS)}")
+        raise ConfigError(f"preset: got {_shown(preset)}{_nearest(preset, PRESETS)}; allowed: one of {', '.join(PRESETS)}")
     method = given.get("method", "mgsr")
     if not isinstance(method, str) or method not in METHODS:
-        raise ConfigError(f"method: got {method!r}{_nearest(method, METHODS)}; allowed: one of {', '.join(METHODS)}")
+        raise ConfigError(f"method: got {_shown(method)}{_nearest(method, METHODS)}; allowed: one of {', '.join(METHODS)}")
     unknown = [n for n in given if n not in RunConfig.model_fields]
     if unknown:
         raise ConfigError("\n".join(f"{n}: there is no such parameter{_nearest(n, RunConfig.model_fields)}; all names: {', '.join(RunConfig.model_fields)}" for n in unknown))
+    huge = [n for n, v in given.items() if type(v) is int and v.bit_length() > 53]      # more than a float can count
+    if huge: raise ConfigError("\n".join(f"{n}: got a number of {given[n].bit_length()} bits; allowed: {_allowed(n)}, of at most 53 bits" for n in huge))
     try: return RunConfig(**{**PRESETS[preset], **METHODS[method], **given})
     except ValidationError as e: raise ConfigError("\n".join(_explain(err) for err in e.errors())) from None
 
@@ -318,7 +333,7 @@ def from_notebook(cells: list[str], variables: dict[str, Any]) -> RunConfig:
         return field is None or n in later or variables[n] != field.default or type(variables[n]) is not type(field.default)
     return resolve({n: variables[n] for names in by_cell for n in names if is_set(n)})
 
-# %% ../nbs/00_config.ipynb #b333e548
+# %% ../nbs/00_config.ipynb #fb6be7c6
 def run_name(config: RunConfig) -> str:
     "`run_name` if it was given, else preset and method (unless they are quickstart and mgsr) and `name=value` of all that differs from them."
     if config.run_name: return config.run_name
@@ -326,12 +341,12 @@ def run_name(config: RunConfig) -> str:
     differs = [f"{k}={v}" for k, v in config.model_dump().items() if k not in ELSEWHERE and v != getattr(base, k)]
     names = [n for n, usual in ((config.preset, "quickstart"), (config.method, "mgsr")) if n != usual]
     parts = (names + differs) or ["quickstart"]
-    name = re.sub(r"[^\w=.,+-]", "_", ",".join(parts))
+    name = re.sub(r"[^\w=.,+-]", "_", ",".join(parts), flags=re.ASCII)
     # a value with a comma or a replaced sign could be mistaken for another run's, and a long name is no folder: the digest tells them apart
-    ambiguous = any(re.search(r"[^\w.+-]", str(getattr(config, p.split("=")[0]))) for p in differs)
+    ambiguous = any(re.search(r"[^\w.+-]", str(getattr(config, p.split("=")[0])), re.ASCII) for p in differs)
     return f"{name[:100]}+{config.digest[:8]}" if ambiguous or len(name) > 120 else name
 
-# %% ../nbs/00_config.ipynb #65446192
+# %% ../nbs/00_config.ipynb #fc4c90a6
 def project_root(start: str = ".") -> Path:
     "The nearest folder at or above `start` that has `nbs/train.ipynb`, else `start`: notebooks in nbs/ and commands at the top agree on where runs/ is."
     here = Path(start).resolve()
@@ -342,10 +357,15 @@ def write_atomic(path: Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush(); os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush(); os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        if e.errno and not e.filename: e.filename = str(path)    # "no space left on device" should say for what
+        raise
 
 def write_json(path: Path, value: Any) -> None:
     "Write `value` as indented JSON, atomically; NaN is refused, since JSON has none."

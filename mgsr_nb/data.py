@@ -57,7 +57,7 @@ def make_prompt(example: Example, template: str = "alpaca", tokenizer=None) -> s
 class DataError(ValueError):
     "The content of a data file is not what it must be; the message names file, line and field."
 
-# %% ../nbs/01_data.ipynb #e6afeead
+# %% ../nbs/01_data.ipynb #0d89b43a
 def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
     "(line number, object) of every line of a UTF-8 JSON-lines file that is not blank. Raises FileNotFoundError, or DataError with the line number."
     path = Path(path)
@@ -68,7 +68,7 @@ def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
         if not line.strip(): continue
         try: row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as e: raise DataError(f"{path}, line {number}: not UTF-8 ({e.reason} at byte {e.start})") from None
-        except ValueError as e: raise DataError(f"{path}, line {number}: not JSON ({e})") from None
+        except (ValueError, RecursionError) as e: raise DataError(f"{path}, line {number}: not JSON ({e})") from None
         if not isinstance(row, dict): raise DataError(f"{path}, line {number}: a JSON {type(row).__name__}, expected an object")
         rows.append((number, row))
     if not rows: raise DataError(f"{path}: no records")
@@ -146,13 +146,17 @@ def _from_hub(source: Source) -> list[tuple[int, dict]]:
                         f"with the files in a folder, set data_dir and put this one at {source.path}") from e
     return list(enumerate(rows, 1))
 
-# %% ../nbs/01_data.ipynb #710439fa
+# %% ../nbs/01_data.ipynb #4f7e08f1
 def load_source(source: Source, data_dir: str | Path, name: str) -> list[Example]:
     "All examples of one file. A source without a repository ships with the package and ignores `data_dir`."
     if not source.repo: rows, origin = _from_folder(source, str(files("mgsr_nb"))), source.path
     elif data_dir: rows, origin = _from_folder(source, data_dir), str(Path(data_dir)/source.path)
     else: rows, origin = _from_hub(source), f"{source.repo}/{source.file}"
-    return [to_example(row, source, name, line, origin) for line, row in rows[:source.limit or None]]
+    examples, lines = [to_example(row, source, name, line, origin) for line, row in rows[:source.limit or None]], {}
+    for example, (line, _) in zip(examples, rows):
+        first = lines.setdefault(example.id, line)
+        if first != line: raise DataError(f"{origin}, line {line}, field 'id': {example.id!r} is that of line {first} too")
+    return examples
 
 def load_eval_set(name: str, data_dir: str | Path = "") -> list[Example]:
     "An evaluation set by its name in `EVAL_SETS`, from the package (tiny), the folder `data_dir`, or the hub. ValueError for another name."
@@ -289,14 +293,21 @@ def labels(batch: Batch) -> Tensor:
     "(N,) int64: the token after each supervised row, in the order of `hidden[supervised(batch)]` (row by row)."
     return batch.input_ids.roll(-1, dims=1)[supervised(batch)]  # the column that rolls over the edge is never supervised
 
-# %% ../nbs/01_data.ipynb #a0298f5c
+# %% ../nbs/01_data.ipynb #cf67de49
 @lru_cache(maxsize=8)
 def _epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     "The permutation of one epoch. Seeding `Random` with a string is stable across Python versions and platforms."
     return tuple(random.Random(f"{seed}/{epoch}").sample(range(n_examples), n_examples))
 
-def batch_indices(n_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
-    "Indices of the global batch of optimiser step `step` (from 0): a pure function, every example once an epoch."
-    if n_examples < 1 or batch_size < 1 or step < 0: raise ValueError(f"batch_indices: n_examples={n_examples}, batch_size={batch_size}, step={step}")
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [_epoch_order(n_examples, seed, i // n_examples)[i % n_examples] for i in places]
+def batch_indices(n_examples: int, batch_size: int, step: int, seed: int, lengths: Sequence[int] = (), buckets: int = 1) -> list[int]:
+    """Indices of the global batch of optimiser step `step` (from 0): a pure function, every example once an epoch.
+
+    With `buckets` above 1, the examples of so many steps are sorted by their `lengths` and cut into batches, which come in random order."""
+    if n_examples < 1 or batch_size < 1 or step < 0 or buckets < 1: raise ValueError(f"batch_indices: n_examples={n_examples}, batch_size={batch_size}, step={step}, buckets={buckets}")
+    window, inside = divmod(step, buckets)
+    places = range(window * buckets * batch_size, (window + 1) * buckets * batch_size)
+    found = [_epoch_order(n_examples, seed, i // n_examples)[i % n_examples] for i in places]
+    if buckets > 1:
+        found.sort(key=lambda i: lengths[i])
+        inside = random.Random(f"{seed}/buckets/{window}").sample(range(buckets), buckets)[inside]
+    return found[inside * batch_size:(inside + 1) * batch_size]

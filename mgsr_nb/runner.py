@@ -7,7 +7,7 @@ __all__ = ['PRESET', 'BUSY', 'Job', 'jobs_of', 'lock_of', 'locked', 'state', 'ru
            'Processes', 'visible_devices', 'RayTasks', 'run_elsewhere', 'Sweep', 'plan', 'time_left', 'clock', 'ablate',
            'slots_of', 'threads_of', 'result_of', 'main', 'ablate_by']
 
-# %% ../nbs/11b_runner.ipynb #960772e5
+# %% ../nbs/11b_runner.ipynb #db6a2df9
 import argparse, json, os, queue, re, signal, statistics, subprocess, sys, tempfile, threading, time, traceback
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Callable, Optional, Sequence
 import pandas as pd
 from filelock import FileLock, Timeout
 from .ablation import SUITES, After, Suite, training_notebook, typed_parameters
-from .config import ConfigError, _nearest, finished, open_run, recorded_digest, resolve, run_folder, write_json
+from .config import ConfigError, _nearest, finished, open_run, project_root, recorded_digest, resolve, run_folder, write_json
 
 # %% ../nbs/11b_runner.ipynb #a27fa48c
 PRESET = "laptop-dolly"    # of the committed results
@@ -91,7 +91,7 @@ def state(job: Job) -> str:
     if finished(folder): return "finished"
     return "failed" if (folder/"error.json").is_file() else "begun"
 
-# %% ../nbs/11b_runner.ipynb #66c241e8
+# %% ../nbs/11b_runner.ipynb #f596059c
 def run_cell(params: dict, overwrite: bool = False) -> str:
     "Execute the training notebook with `params` in this process's kernel: finished, failed, or running, if another process is at it. Raises `ConfigError`."
     from papermill import PapermillExecutionError, execute_notebook
@@ -111,7 +111,9 @@ def run_cell(params: dict, overwrite: bool = False) -> str:
 
 def record_failure(folder: Path, params: dict, error: str, trace: str) -> str:
     "Write error.json; failed."
-    plain = lambda text: re.sub(r"\x1b\[[0-9;]*m", "", text)      # without IPython's colours
+    def plain(text):    # without IPython's colours and without folders of this machine
+        for place, name in ((project_root(), "."), (sys.prefix, "python"), (Path.home(), "~")): text = text.replace(str(place), name)
+        return re.sub(r"\x1b\[[0-9;]*m", "", text)
     write_json(folder/"error.json", {"error": plain(error), "traceback": plain(trace), "params": params})
     return "failed"
 
@@ -250,13 +252,14 @@ class Sweep:
         self.states[job.name] = found
         self.report(job, found, seconds)
 
-# %% ../nbs/11b_runner.ipynb #ce785145
+# %% ../nbs/11b_runner.ipynb #ce2810ab
 def plan(jobs: Sequence[Job]) -> pd.DataFrame:
     "Of each job its state, steps done, and seconds, which for finished ones are those of training and evaluation."
     rows = []
     for job in jobs:
         now, metrics, log = state(job), job.folder/"metrics.json", job.folder/"log.csv"
         seconds = json.loads(metrics.read_text())["seconds"] if now == "finished" else {}
+        seconds.pop("preparation", None)        # mostly what the cells share
         steps = int(pd.read_csv(log).step.max()) if log.is_file() and now != "changed" else 0
         rows.append({"job": job.name, "state": now, "step": f"{steps}/{resolve(job.params).max_steps}", "seconds": round(sum(seconds.values())) if seconds else None})
     return pd.DataFrame(rows)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['STATES_LIMIT', 'make_clip', 'make_objective', 'make_source', 'make_detector', 'Distiller', 'correction_gains',
            'Distilled', 'Micro', 'by_length', 'micro_batches', 'make_optimizer', 'schedule_factor', 'fine_tune',
-           'text_digest', 'model_key', 'Setup', 'tokenised', 'load_data', 'tuned', 'tuned_teacher', 'make_student',
-           'teacher_responses', 'make_accelerator', 'check_pair', 'prepare', 'precision_of', 'Progress',
-           'TrainingError', 'Clock', 'Trainer', 'teacher_states', 'scores', 'machine', 'write_results', 'run',
-           'metrics_table', 'learned_limits']
+           'made_once', 'text_digest', 'model_key', 'Setup', 'tokenised', 'load_data', 'tuned', 'tuned_teacher',
+           'make_student', 'teacher_responses', 'make_accelerator', 'accelerator_of', 'check_pair', 'prepare',
+           'precision_of', 'Progress', 'TrainingError', 'check_finite', 'file_digests', 'damage', 'Clock', 'Trainer',
+           'teacher_states', 'scores', 'machine', 'write_results', 'tidy', 'run', 'metrics_table', 'learned_limits']
 
-# %% ../nbs/10_training.ipynb #6dcc97e1
-import contextlib, dataclasses, hashlib, json, logging, math, os, platform, shutil, time
+# %% ../nbs/10_training.ipynb #baf557cb
+import contextlib, dataclasses, hashlib, json, logging, math, os, platform, shutil, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Optional, Sequence
@@ -19,16 +19,17 @@ import torch
 from torch import Tensor, nn
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from .config import ConfigError, RunConfig, finished, open_run, project_root, run_name, write_atomic, write_csv, write_json
+from .config import ConfigError, RunConfig, finished, open_run, project_root, run_folder, run_name, write_atomic, write_csv, write_json
 from .dac_kl import DACKL, FixedClip, LearnedClip, NoClip, SubNetwork, TopFraction
 from .data import Batch, Encoded, batch_indices, collate, encode, labels, load_eval_set, load_train, subset_note, supervised
 from .evaluation import answers, evaluate, held_out, response_states, score_answers
 from .minillm import Policy, PolicyGradient, make_policy
 from .models import (BUILTIN, GGUF_DIGEST, add_lora, artefact, block_influence, check_head, check_sizes, check_tokenizers, choose_layers, decoder, file_digest, head, hidden_states,
-                            load_model, load_tokenizer, resolve_precision, save_model, shared_vocabulary, stop_ids, truncate)
+                            load_model, load_tokenizer, model_path, resolve_precision, save_model, shared_vocabulary, stop_ids, truncate)
 from .objective import DAC, NLL, Divergence, Objective, Span, Text
 from .sampling import Fixed, Mixed, OffPolicy, OnPolicy, Pairs, generator_for, sampler
 from .scrg import SCRG, AnyDifference, FirstAbove, MaxKL, Scorer
@@ -182,7 +183,7 @@ def schedule_factor(step: int, max_steps: int, warmup_steps: int) -> float:
     if step < warmup_steps: return (step + 1) / (warmup_steps + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(max_steps - warmup_steps, 1)))
 
-# %% ../nbs/10_training.ipynb #97dae8cb
+# %% ../nbs/10_training.ipynb #773d1240
 def fine_tune(model: nn.Module, examples: Sequence[Encoded], steps: int, batch_size: int, micro_size: int, learning_rate: float, warmup_steps: int, weight_decay: float,
               max_grad_norm: float, pad_id: int, vocab: int, chunk_tokens: int, autocast: Callable, what: str = "fine-tuning") -> list[float]:
     "Plain SFT of `model` in place, on one device; the loss of each step in nats a token."
@@ -202,7 +203,20 @@ def fine_tune(model: nn.Module, examples: Sequence[Encoded], steps: int, batch_s
         optimizer.step(); schedule.step(); optimizer.zero_grad()
         losses.append(total)
     model.eval()
-    return torch.stack(losses).tolist() if losses else []
+    losses = torch.stack(losses).tolist() if losses else []
+    for i, loss in enumerate(losses): check_finite(i + 1, {f"the loss of {what}": loss}, learning_rate)
+    return losses
+
+# %% ../nbs/10_training.ipynb #d50e5f79
+class _NotMine(Exception): "Another process makes this artefact."
+
+def made_once(kind: str, key: dict, make: Callable[[Path], None]) -> Path:
+    "`artefact`, made by the main process of all that train together."
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    def wait(folder: Path): raise _NotMine
+    while True:
+        try: return artefact(kind, key, wait if distributed and torch.distributed.get_rank() > 0 else make)
+        except _NotMine: time.sleep(0.2)
 
 # %% ../nbs/10_training.ipynb #6a374ee9
 def text_digest(examples: Sequence[Encoded]) -> str:
@@ -217,7 +231,7 @@ def model_key(name: str) -> dict:
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     return {"id": name, "files": [file_digest(f) for f in files]}
 
-# %% ../nbs/10_training.ipynb #aa292a22
+# %% ../nbs/10_training.ipynb #22e329df
 @dataclass
 class Setup:
     "Loaded parts of a run. `keys` identify teacher and student start, for what is computed from them once."
@@ -233,7 +247,13 @@ class Setup:
     eval_sets: dict[str, list[Encoded]]
     report: dict
     keys: dict = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)    # of the training texts as they are in the data
     states: dict = field(default_factory=dict)      # the teacher's hidden states of validation and test texts, by set
+
+    def order(self, step: int) -> list[int]:
+        "Indices of the training examples of a step."
+        c = self.config
+        return batch_indices(len(self.train), c.batch_size, step, c.seed, self.lengths, c.length_buckets)
 
     def sampler(self, model: nn.Module, teacher_mix: float = 0.) -> Callable:
         "`sample(prompts, keys, limits, past)` of `model`, with a share of the teacher, under the run's autocast."
@@ -251,7 +271,7 @@ def tokenised(examples: Sequence, tokenizer, config: RunConfig) -> list[Encoded]
     def make(folder: Path):
         ids = [(e.prompt_ids, e.response_ids) for e in (encode(e, tokenizer, *limits) for e in examples)]
         write_atomic(folder/"ids.json", json.dumps(ids))
-    ids = json.loads((artefact("tokens", key, make)/"ids.json").read_text())
+    ids = json.loads((made_once("tokens", key, make)/"ids.json").read_text())
     return [Encoded(prompt, response, e) for (prompt, response), e in zip(ids, examples, strict=True)]
 
 def load_data(config: RunConfig, tokenizer) -> tuple[list[Encoded], list[Encoded], dict[str, list[Encoded]], dict]:
@@ -263,7 +283,7 @@ def load_data(config: RunConfig, tokenizer) -> tuple[list[Encoded], list[Encoded
     report = {**splits.report, "eval_records": {n: len(e) for n, e in raw.items()}, "notes": [note for n, e in raw.items() if (note := subset_note(n, e))]}
     return enc(splits.train[:config.max_train_examples or None]), enc(few(splits.validation)), {n: enc(few(e)) for n, e in raw.items()}, report
 
-# %% ../nbs/10_training.ipynb #1858d1c4
+# %% ../nbs/10_training.ipynb #c6dbaf0d
 def tuned(kind: str, config: RunConfig, steps: int, key: dict, load: Callable, tokenizer, train: Sequence[Encoded], accelerator: Accelerator) -> tuple[nn.Module, dict]:
     "The model that `load()` gives and `key` identifies after `steps` of SFT on the training data (made once, then read from the cache), and its key."
     if steps == 0: return load().to(accelerator.device), key
@@ -279,7 +299,7 @@ def tuned(kind: str, config: RunConfig, steps: int, key: dict, load: Callable, t
         if config.lora_rank: model = model.merge_and_unload()
         model.save_pretrained(folder); tokenizer.save_pretrained(folder)
         write_json(folder/"losses.json", losses)
-    return load_model(str(artefact(f"{kind}s", key, make))).to(accelerator.device), key
+    return load_model(str(made_once(f"{kind}s", key, make))).to(accelerator.device), key
 
 # %% ../nbs/10_training.ipynb #b8efe98b
 def tuned_teacher(config: RunConfig, tokenizer, train: Sequence[Encoded], accelerator: Accelerator) -> tuple[nn.Module, dict]:
@@ -298,11 +318,11 @@ def make_student(config: RunConfig, teacher: nn.Module, teacher_key: dict, train
         key, load = {"layers": keep, "teacher": teacher_key}, lambda: truncate(teacher, keep)
     return tuned("student", config, config.student_sft_steps, key, load, tokenizer, train, accelerator)
 
-# %% ../nbs/10_training.ipynb #35a85cb9
+# %% ../nbs/10_training.ipynb #5f41d5e5
 def teacher_responses(setup: Setup) -> list[Encoded]:
     "The training examples with responses sampled from the teacher (an artefact); those that no step visits keep their own."
     c = setup.config
-    visited = sorted({i for step in range(c.max_steps) for i in batch_indices(len(setup.train), c.batch_size, step, c.seed)})
+    visited = sorted({i for step in range(c.max_steps) for i in setup.order(step)})
     key = {**{k: setup.keys["teacher"][k] for k in ("teacher", "frozen", "precision", "device", "vocab", "stops")}, "prompts": text_digest([setup.train[i] for i in visited]), "visited": visited, "max_new_tokens": c.max_new_tokens}
     def make(folder: Path):
         sample, written = setup.sampler(setup.teacher), []
@@ -310,11 +330,11 @@ def teacher_responses(setup: Setup) -> list[Encoded]:
             part = visited[a:a + c.eval_batch_size]
             written += sample([setup.train[i].prompt_ids for i in part], [("teacher", i) for i in part], [c.max_new_tokens] * len(part))
         write_json(folder/"responses.json", written)
-    texts = json.loads((artefact("teacher_text", key, make)/"responses.json").read_text())
+    texts = json.loads((made_once("teacher_text", key, make)/"responses.json").read_text())
     found = dict(zip(visited, texts))
     return [dataclasses.replace(e, response_ids=found[i]) if i in found else e for i, e in enumerate(setup.train)]
 
-# %% ../nbs/10_training.ipynb #8b2d2958
+# %% ../nbs/10_training.ipynb #64198b9f
 def make_accelerator(precision: str, cpu: bool) -> Accelerator:
     "An `Accelerator` of its own: what was prepared with another one is not in its checkpoints."
     settings = dict(mixed_precision="bf16" if precision == "bfloat16" else "no", cpu=cpu)
@@ -322,6 +342,12 @@ def make_accelerator(precision: str, cpu: bool) -> Accelerator:
     except ValueError:  # its state is one per process; a notebook that changes the precision and runs again needs another
         AcceleratorState._reset_state()
         return Accelerator(**settings)
+
+def accelerator_of(config: RunConfig, cpu: bool) -> Accelerator:
+    "The accelerator of a run; from here on there are several processes, if several were started."
+    cpu = cpu or not torch.cuda.is_available()
+    model_path(config.teacher)   # the built-in teacher is converted while each process is alone: in company only the main one could write it
+    return make_accelerator(resolve_precision(config.precision, torch.device("cpu" if cpu else "cuda")), cpu)
 
 def check_pair(config: RunConfig, tokenizer) -> None:
     "Refuse a pair or a chunker that cannot work, from configuration files and tokenizers alone. Raises `ConfigError`."
@@ -333,12 +359,11 @@ def check_pair(config: RunConfig, tokenizer) -> None:
         check_sizes(config.student, "student", tokens)
         check_tokenizers(load_tokenizer(config.student, "student"), tokenizer)
 
-# %% ../nbs/10_training.ipynb #bc5ecb54
+# %% ../nbs/10_training.ipynb #9fea0e9c
 def prepare(config: RunConfig, cpu: bool = False) -> Setup:
     "Load all that `config` names. Raises `ConfigError` or a data error before anything expensive."
-    cpu = cpu or not torch.cuda.is_available()
-    precision = resolve_precision(config.precision, torch.device("cpu" if cpu else "cuda"))
-    accelerator = make_accelerator(precision, cpu)
+    accelerator = accelerator_of(config, cpu)
+    precision = precision_of(accelerator)
     if accelerator.num_processes > config.batch_size:
         raise ConfigError(f"batch_size: {config.batch_size} sequences cannot be shared by {accelerator.num_processes} processes; allowed: at least one for each")
     tokenizer = load_tokenizer(config.teacher)
@@ -356,7 +381,7 @@ def prepare(config: RunConfig, cpu: bool = False) -> Setup:
                 "device": accelerator.device.type, "teacher": teacher_key, "exposure": config.eval_exposure}
     setup = Setup(config, accelerator, tokenizer, teacher, student, vocab, stops, train, validation, eval_sets, report,
                   {"teacher": settings, "student_start": {**settings, "student": student_key, "student_weights": frozen if config.lora_rank else "float32"}})
-    setup.states = teacher_states(setup)
+    setup.lengths, setup.states = [len(e.prompt_ids) + len(e.response_ids) for e in train], teacher_states(setup)
     if config.responses == "teacher": setup.train = teacher_responses(setup)
     torch.manual_seed(config.seed)  # the adapters' start
     if config.lora_rank: setup.student = add_lora(student.to(getattr(torch, frozen)), config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -367,7 +392,7 @@ def precision_of(accelerator: Accelerator) -> str:
     "`bfloat16` or `float32`, what the accelerator's autocast computes in."
     return "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
 
-# %% ../nbs/10_training.ipynb #3b0c405e
+# %% ../nbs/10_training.ipynb #db9001ea
 class Progress:
     "Step and log of a run, and the best validation so far (its step and value), in the form that `register_for_checkpointing` wants."
     def __init__(self): self.step, self.log, self.best = 0, [], None
@@ -375,7 +400,26 @@ class Progress:
     def load_state_dict(self, state): self.step, self.log, self.best = state["step"], state["log"], state["best"]
 
 class TrainingError(RuntimeError):
-    "Training cannot go on: a loss is not finite."
+    "Training cannot go on: a loss is not finite, or a checkpoint cannot be written."
+
+def check_finite(step: int, row: dict[str, float], learning_rate: float) -> None:
+    "Raise `TrainingError` with the step and what of `row` is not finite."
+    bad = [k for k, v in row.items() if not math.isfinite(v)]
+    more = f" and {len(bad) - 9} others" if len(bad) > 9 else ""
+    if bad: raise TrainingError(f"step {step}: {', '.join(bad[:9])}{more} not finite; a lower learning_rate (now {learning_rate:g}) or max_grad_norm is the usual cure")
+
+# %% ../nbs/10_training.ipynb #0d1541ef
+def file_digests(folder: Path) -> dict[str, str]:
+    "SHA-256 of every file in `folder` by its path there, without digests.json."
+    return {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "digests.json"}
+
+def damage(folder: Path) -> str:
+    "What is wrong with the checkpoint in `folder`, as words; empty if its files are those that were written."
+    try: written = dict(json.loads((folder/"digests.json").read_text()))
+    except (OSError, ValueError, TypeError): return "no digests.json that can be read"
+    found = file_digests(folder)
+    lost = [f"{name} {'is not what was written' if name in found else 'is missing'}" for name, digest in written.items() if found.get(name) != digest]
+    return ", ".join(lost)
 
 # %% ../nbs/10_training.ipynb #1607fbea
 class Clock:
@@ -408,7 +452,7 @@ class Clock:
         for name, start, end in spans: found[name] = found.get(name, 0.) + (start.elapsed_time(end) / 1000 if self.cuda else end - start)
         return found
 
-# %% ../nbs/10_training.ipynb #78a28c20
+# %% ../nbs/10_training.ipynb #e2520429
 class Trainer:
     "Trains `setup.student` as `setup.config` says. `folder`: where log and checkpoints go; None keeps all in memory."
     def __init__(self, setup: Setup, folder: Optional[Path] = None):
@@ -434,14 +478,16 @@ class Trainer:
         "The step's examples of this process, the text to distil on (None, 'data' or `Distilled`), and notes about it."
         a, c = self.accelerator, self.config
         rows = list(range(c.batch_size))[a.process_index::a.num_processes]
-        order = batch_indices(len(self.setup.train), c.batch_size, step, c.seed)
+        order = self.setup.order(step)
         examples = [self.setup.train[order[row]] for row in rows]
         if not c.distils: return examples, None, {}
         pairs, origin = self.source(step, examples, rows)
         notes = {"by_student": float(origin != "data"), "new_text": float(origin == "student")}
         if origin != "student": return examples, "data" if origin == "data" else Distilled(pairs), notes
         text, noted = self.look_at(step, pairs, rows)
-        if c.sampling == "off_policy": self.source.remember(gather_object(text.pairs))
+        if c.sampling == "off_policy":
+            everyone = sorted(zip(gather_object(rows), gather_object(text.pairs)))
+            self.source.remember([pair for _, pair in everyone])        # in the order of the batch, whoever wrote what
         return examples, text, notes | noted
 
     def look_at(self, step: int, pairs: Pairs, rows: Sequence[int]) -> tuple[Distilled, dict]:
@@ -451,7 +497,8 @@ class Trainer:
             if self.revise:
                 found = self.revise(step, pairs, rows)
                 corrected = [(j, before) if before == before else None for j, before in zip(found.position, found.rest_log_p)]
-                return Distilled(found.pairs, found.teacher_hidden, corrected=corrected), found.summary()
+                everywhere = dataclasses.replace(found, position=gather_object(found.position), kl=gather_object(found.kl))
+                return Distilled(found.pairs, found.teacher_hidden, corrected=corrected), everywhere.summary()
             if c.pg_weight == 0: return Distilled(pairs), {}
             readings = self.scorer.read(pairs)
             scores = self.scorer(pairs, [], readings)
@@ -500,8 +547,7 @@ class Trainer:
             with clock.part("update"): found = self.update(examples, distilled)
         seconds = clock.read()
         row = {"step": step + 1, **found, "learning_rate": rate, **notes, "seconds": seconds.pop("all"), **{f"seconds_{k}": v for k, v in seconds.items()}}
-        bad = [k for k, v in row.items() if not math.isfinite(v)]
-        if bad: raise TrainingError(f"step {step + 1}: {', '.join(bad)} not finite; a lower learning_rate (now {self.config.learning_rate:g}) or max_grad_norm is the usual cure")
+        check_finite(step + 1, row, self.config.learning_rate)
         self.progress.step = step + 1
         return row
 
@@ -523,28 +569,33 @@ class Trainer:
         "Train from the current step to `max_steps`; `on_step(row)` sees every row. The log, one row per `log_every` steps."
         c, p = self.config, self.progress
         if p.step == c.max_steps: return p.log      # a cell that is run twice
-        if p.step == 0 and not p.log: p.log.append({"step": 0, **self.validate()})
+        if p.step == 0 and not p.log: p.log.append({"step": 0, **self._validated()})
         bar = tqdm(total=c.max_steps, initial=p.step, desc="training", mininterval=5, disable=not self.accelerator.is_main_process)
         while p.step < c.max_steps:
             row = self.step()
             due = lambda every: bool(every) and p.step % every == 0
             if due(c.eval_every) or p.step == c.max_steps:
-                row |= self.validate()
+                row |= self._validated()
                 self.keep_best(row)
             if due(c.log_every) or "validation_nll" in row: p.log.append(row)
             on_step(row); bar.update(); bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if self.folder and self.accelerator.is_main_process: write_csv(self.folder/"log.csv", p.log)
-            if due(c.checkpoint_every) and p.step < c.max_steps: self.save()
+            if self.folder and due(c.checkpoint_every) and p.step < c.max_steps: self.save()
         bar.close()
         self.restore_best()
         return p.log
 
+    def _validated(self) -> dict[str, float]:
+        found = self.validate()
+        check_finite(self.progress.step, found, self.config.learning_rate)
+        return found
+
     def keep_best(self, row: dict) -> None:
-        "With `select`: keep the student's trained weights if this validation is the best so far."
+        "With `select`: keep the student's trained weights if this validation is the best so far; NaN is never the best."
         c, p = self.config, self.progress
         if c.select == "last": return
         value = row[f"validation_{c.select}"] * (-1 if c.select == "rouge_l" else 1)
-        if p.best and value >= p.best[1]: return
+        if math.isnan(value) or p.best and value >= p.best[1]: return
         p.best = (p.step, value)
         weights = {n: w.detach().cpu().clone() for n, w in self.setup.student.named_parameters() if w.requires_grad}
         if not self.folder: self.kept = weights
@@ -572,9 +623,16 @@ class Trainer:
                 if n in weights: w.copy_(weights[n])
 
     def save(self) -> None:
-        "A checkpoint: complete or not there. The one before it is kept, older ones go."
-        a, checkpoints = self.accelerator, self.folder/"checkpoints"
-        part, whole = checkpoints/"writing.part", checkpoints/f"step-{self.progress.step:06d}"
+        "A checkpoint: complete or not there. The one before it is kept; older ones go once this one was read back. Raises `TrainingError` if it cannot be written."
+        part = self.folder/"checkpoints"/"writing.part"
+        try: self._write_checkpoint(part)
+        except (OSError, RuntimeError, SafetensorError) as e:     # what full disks make of Python, torch and safetensors
+            shutil.rmtree(part, ignore_errors=True)
+            kept = ", ".join(p.name for p in sorted(part.parent.glob("step-*"))) or "none"
+            raise TrainingError(f"step {self.progress.step}: no checkpoint could be written to {part.parent} ({e}). Checkpoints that are there: {kept}. Make room, and start the run again") from e
+
+    def _write_checkpoint(self, part: Path) -> None:
+        a, checkpoints, whole = self.accelerator, part.parent, part.with_name(f"step-{self.progress.step:06d}")
         if a.is_main_process: shutil.rmtree(part, ignore_errors=True)
         a.wait_for_everyone()
         # "removed shared tensor": the tied head, which the embedding brings back on loading
@@ -582,20 +640,27 @@ class Trainer:
         a.save_state(str(part))
         a.wait_for_everyone()
         if a.is_main_process:
+            write_json(part/"digests.json", file_digests(part))
             shutil.rmtree(whole, ignore_errors=True)
             os.replace(part, whole)
+            if wrong := damage(whole): raise OSError(f"read back, {wrong}")
             for old in sorted(checkpoints.glob("step-*"))[:-2]: shutil.rmtree(old)
             self.saved_best = [*self.saved_best[-1:], self.progress.best]
             if len(self.saved_best) == 2 and self.saved_best[0]: self._forget(before=self._best(self.saved_best[0]))  # no checkpoint refers to an older one
         a.wait_for_everyone()
 
     def resume(self) -> int:
-        "Load the newest checkpoint of the folder, if there is one; the step to go on from."
-        found = sorted((self.folder/"checkpoints").glob("step-*")) if self.folder else []
-        if found: self.accelerator.load_state(str(found[-1]))
+        "Load the newest checkpoint of the folder that is intact, if there is one, and warn of newer ones that are not; the step to go on from."
+        [newest] = broadcast_object_list([self._newest() if self.accelerator.is_main_process else None])
+        if newest: self.accelerator.load_state(str(newest))
         return self.progress.step
 
-# %% ../nbs/10_training.ipynb #a31d7c2f
+    def _newest(self) -> Optional[Path]:
+        for folder in sorted((self.folder/"checkpoints").glob("step-*"), reverse=True) if self.folder else []:
+            if not (wrong := damage(folder)): return folder
+            warnings.warn(f"the checkpoint {folder} is damaged ({wrong}) and is not used")
+
+# %% ../nbs/10_training.ipynb #419699dd
 STATES_LIMIT = 2 ** 28      # bytes; of a large teacher they are not worth the disk
 
 def teacher_states(setup: Setup) -> dict[str, list[Tensor]]:
@@ -607,10 +672,10 @@ def teacher_states(setup: Setup) -> dict[str, list[Tensor]]:
         with s.accelerator.autocast():
             save_file({name: torch.cat(response_states(s.teacher, examples, s.tokenizer.pad_token_id)) for name, examples in groups.items() if examples}, folder/"states.safetensors")
     key = {k: s.keys["teacher"][k] for k in ("teacher", "frozen", "precision", "device", "eval", "sets")}
-    states = load_file(artefact("teacher_states", key, make)/"states.safetensors")
+    states = load_file(made_once("teacher_states", key, make)/"states.safetensors")
     return {name: states[name].split(sizes[name]) for name in states}
 
-# %% ../nbs/10_training.ipynb #7a52c482
+# %% ../nbs/10_training.ipynb #48a0e50b
 def scores(setup: Setup, model: nn.Module, key: Optional[dict] = None) -> dict:
     "Validation and test metrics of `model`, `average` over the test sets, and its answers; read from the cache if `key` was evaluated before."
     c, s, teacher_text = setup.config, setup, None
@@ -624,7 +689,7 @@ def scores(setup: Setup, model: nn.Module, key: Optional[dict] = None) -> dict:
         average = {k: sum(m[k] for m in test.values()) / len(test) for k in ("rouge_l", "nll", "kl")}
         return {"validation": validation, "test": test, "average": average, "answers": answers, "ids": ids}
     if key is None: return compute()
-    return json.loads((artefact("scores", key, lambda folder: write_json(folder/"scores.json", compute()))/"scores.json").read_text())
+    return json.loads((made_once("scores", key, lambda folder: write_json(folder/"scores.json", compute()))/"scores.json").read_text())
 
 def machine(setup: Setup) -> dict:
     "What the run ran on."
@@ -647,14 +712,23 @@ def write_results(setup: Setup, folder: Path, start: dict, teacher: dict, end: d
     write_atomic(folder/"samples.jsonl", "\n".join(lines) + "\n")
     if c.save_student: save_model(setup.student, setup.tokenizer, folder/"student")
     write_json(folder/"metrics.json", metrics)
-    for name in ("checkpoints", "best"): shutil.rmtree(folder/name, ignore_errors=True)
+    tidy(folder)
     return metrics
 
-# %% ../nbs/10_training.ipynb #e9c21238
+def tidy(folder: Path) -> None:
+    "Remove what only a run that has not ended needs, and what a killed one left half written."
+    for name in ("checkpoints", "best"): shutil.rmtree(folder/name, ignore_errors=True)
+    for part in folder.glob("*.part"): shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+# %% ../nbs/10_training.ipynb #80f62690
 def run(config: RunConfig, cpu: bool = False) -> dict:
     "A whole run without a notebook; its metrics. A finished run of the same parameters is not repeated."
-    folder = open_run(config)
-    if finished(folder): return json.loads((folder/"metrics.json").read_text())
+    accelerator = accelerator_of(config, cpu)
+    folder = open_run(config) if accelerator.is_main_process else run_folder(config)
+    accelerator.wait_for_everyone()
+    if finished(folder):
+        if accelerator.is_main_process: tidy(folder)
+        return json.loads((folder/"metrics.json").read_text())
     begin = time.perf_counter()
     setup = prepare(config, cpu)
     start, teacher = scores(setup, setup.student, setup.keys["student_start"]), scores(setup, setup.teacher, setup.keys["teacher"])
@@ -664,7 +738,9 @@ def run(config: RunConfig, cpu: bool = False) -> dict:
     log = trainer.fit()
     trained = time.perf_counter()
     end = scores(setup, setup.student)
-    return write_results(setup, folder, start, teacher, end, log, {"preparation": ready - begin, "training": trained - ready, "evaluation": time.perf_counter() - trained})
+    metrics = write_results(setup, folder, start, teacher, end, log, {"preparation": ready - begin, "training": trained - ready, "evaluation": time.perf_counter() - trained})
+    accelerator.wait_for_everyone()     # nobody returns before the results are there
+    return metrics
 
 def metrics_table(metrics: dict) -> list[dict]:
     "Rows for a table: student before and after, and the teacher, on validation and every test set."

@@ -19,7 +19,7 @@ OTHER = {  # for every field another allowed value
     "sub_learning_rate": 0.1, "spans": "whole", "span_length": 2, "span_relation": "outer", "sampling": "mixed", "mixed_fraction": 0.0, "max_new_tokens": 1, "scrg": False,
     "scrg_corrections": 3, "scrg_direction": "teacher_student", "scrg_teacher_token": "greedy", "max_steps": 1, "batch_size": 6, "micro_batch_size": 2, "chunk_tokens": 1,
     "learning_rate": 1e-5, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 5.0, "eval_sets": "tiny,dolly", "eval_prompts": 0, "eval_seeds": "10,20",
-    "eval_batch_size": 1, "eval_every": 0, "checkpoint_every": 5, "log_every": 5, "save_student": False, "save_samples": 3,
+    "eval_batch_size": 1, "eval_every": 0, "checkpoint_every": 5, "log_every": 5, "save_student": False, "save_samples": 3, "length_buckets": 2,
     "dry_run": True, "student_sft_steps": 7, "frozen_precision": "float32", "pg_weight": 0.5, "pg_clip": 0.1, "pg_single_step": False, "pg_length_norm": False, "teacher_mix": 0.2,
     "scrg_detect": "random", "scrg_threshold": 0.5, "eval_exposure": True, "select": "nll", "chunker": "spacy"}
 NEEDS = {"pg_weight": {"scrg": False}}   # what a value of OTHER cannot do without

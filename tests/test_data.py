@@ -354,3 +354,18 @@ def test_real_data():
     for name, source in {**D.EVAL_SETS, "dev": D.TRAIN_SETS["dolly"]["validation"]}.items():  # our prompts are the files' own
         if name == "tiny": continue
         for _, row in read_jsonl(Path(REAL) / source.path): assert alpaca_prompt(row["instruction"], row.get("input", "")) == row["prompt"]
+
+@pytest.mark.parametrize('n, size, buckets', [(40, 4, 5), (7, 3, 4), (1, 2, 3), (64, 4, 16)])
+def test_length_buckets_move_examples_inside_a_window_only(n, size, buckets):
+    lengths = [(7 * i) % 13 for i in range(n)]
+    for window in range(3):
+        steps = range(window * buckets, (window + 1) * buckets)
+        plain, bucketed = ([batch_indices(n, size, s, 1, *more) for s in steps] for more in ((), (lengths, buckets)))
+        assert sorted(sum(plain, [])) == sorted(sum(bucketed, []))
+        spans = sorted((min(lengths[i] for i in b), max(lengths[i] for i in b)) for b in bucketed)
+        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))      # batches do not overlap in length
+
+def test_length_buckets_come_in_random_order():
+    lengths = list(range(64))
+    firsts = [[lengths[batch_indices(64, 4, s, seed, lengths, 16)[0]] for s in range(16)] for seed in range(3)]
+    assert all(f != sorted(f) for f in firsts) and firsts[0] != firsts[1]

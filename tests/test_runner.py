@@ -18,7 +18,7 @@ if not finished(folder):
     if config.weight_decay == 0.5 and config.dac_weight == 0: raise ValueError("this cell must fail")
     if config.weight_decay == 0.25 and config.dac_weight == 0: os._exit(3)
     numbers = {"nll": 2.5, "kl": 0.5, "rouge_l": 20.0}
-    write_json(folder/"metrics.json", {"digest": config.digest, "student": {"average": numbers}, "seconds": {"training": 2.0, "evaluation": 1.0}})
+    write_json(folder/"metrics.json", {"digest": config.digest, "student": {"average": numbers}, "seconds": {"preparation": 50.0, "training": 2.0, "evaluation": 1.0}})
 """
 
 @pytest.fixture

@@ -213,14 +213,18 @@ def forward(x, model, ids):
     "Logits of the response tokens' positions, (B, new_tokens, V)."
     with x.setup.accelerator.autocast(): return model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=x.new_tokens).logits
 
+@case('step', 'floor_student_compiled', 'floor_student', compiled=True)
 @case('step', 'floor_student', 'floor_student')
-def floor_student(x):
-    "Forward and backward of the student with a plain cross-entropy on the response tokens."
+def floor_student(x, compiled=False):
+    "Forward and backward of the student with a plain cross-entropy on the response tokens; also as torch.compile makes it."
+    import shutil, torch
     import torch.nn.functional as F
+    if compiled and x.o.device == 'cpu' and not shutil.which('g++'): raise ModuleNotFoundError(name='a C++ compiler')
     ids, student = x.tokens(), x.setup.student
+    model = torch.compile(student) if compiled else student
     def step():
         student.train()
-        loss = F.cross_entropy(forward(x, student, ids).float().flatten(0, 1), ids[:, -x.new_tokens:].flatten())
+        loss = F.cross_entropy(forward(x, model, ids).float().flatten(0, 1), ids[:, -x.new_tokens:].flatten())
         loss.backward()
         return loss.detach()
     return step

@@ -15,8 +15,11 @@ GROUPS = {'Start here': ['index', 'explorer'],
 NUMBERED = re.compile(r'(\d\d[a-z]?)_')
 # options of _quarto.yml and of nbdev that smalldocs leaves alone; output-file is read by us
 QUARTO_ONLY = re.compile(r'key format-links|format commonmark|keep-md|output-file')
+OWN_LINK = re.compile(r'\[`([^`]+)`\]\((/\w+\.html)#([\w.]+)\)')
 # without a server a page may not read search.json: the same index comes as a script
-SEARCH = '''<script>
+# and once formulas have their height, the place that was asked for lies elsewhere
+HEADER = '''<script>
+addEventListener("load", () => document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView({behavior: "instant"}));
 if (location.protocol === "file:") {
   const fetched = window.fetch;
   window.fetch = url => !String(url).endsWith("search.json") ? fetched(url) : new Promise((resolve, reject) => {
@@ -39,8 +42,8 @@ def equations(nbs):
     return found
 
 def processors(nbs):
-    "nbdev's processors, with our changes: no cell is executed, plumbing (`#| export`) is folded and not removed, and equations are linked."
-    from nbdev.processors import FilterDefaults, exec_show_docs, rm_export
+    "nbdev's processors, with changes: no cell is executed, plumbing (`#| export`) is folded and not removed, equations are linked."
+    from nbdev.processors import FilterDefaults, add_show_docs, exec_show_docs, rm_export
     from nbdev.process import Processor
     numbers = equations(nbs)
 
@@ -53,22 +56,40 @@ def processors(nbs):
         def __call__(self, cell):
             if re.match(r'(#\|.*\n)*show_doc\(', cell.source or ''): super().__call__(cell)
 
+    class in_order(Processor):
+        "Documentation of a cell's functions in the order of the cell, which nbdev reverses; where there are several, their common source stays in front."
+        def begin(self):
+            cells, start = self.nb.cells, 0
+            while start < len(cells):
+                stop = start
+                while stop < len(cells) and getattr(cells[stop], 'has_sd', False): stop += 1
+                cells[start:stop] = reversed(cells[start:stop])
+                if stop - start > 1:
+                    for cell in cells[start:stop]: cell.has_sd = False       # mv_exports then leaves the source alone
+                start = stop + 1
+
     def fold_export(cell):
         if cell.cell_type != 'code' or 'export' not in cell.directives_ or 'hide' in cell.directives_: return rm_export(cell)
         defines = any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in cell.parsed_() or [])
         if not defines: return rm_export(cell)
         cell.source = f'#| code-fold: true\n#| code-summary: "Source"\n{cell.source}'
 
+    def documented(link):
+        "nbdev links every name in backticks: one of a method leads to its class, and a private name, which has no documentation, nowhere."
+        name, page, place = link.groups()
+        return f'`{name}`' if place.startswith('_') else f"[`{name}`]({page}#{place.split('.')[0]})"
+
     class tidy_docs(Processor):
         "Under the heading of a function that is an equation: a link to the table. No link to a source on a host that is not known."
         def cell(self, cell):
+            if cell.cell_type == 'markdown': cell.source = OWN_LINK.sub(documented, cell.source)
             name = re.search(r'^show_doc\((\w+)\)', cell.source or '', re.M)
             eqs = numbers.get(f'mgsr_nb.{self.nb.module_}.{name[1]}', []) if name else []
             links = ', '.join(f'[Eq. {n}](equations.ipynb#eq-{n})' for n in eqs)
             for data in (out.get('data', {}) for out in cell.get('outputs', []) if name):
                 text = re.sub(r'(?m)^\[source\]\(/.*\n+', '', ''.join(data.get('text/markdown', '')))
                 if eqs: text = re.sub(r'(?m)^(#+ .*)$', rf'\1\n\nPaper: {links}', text, count=1)
-                if text: data['text/markdown'] = text
+                if text: data['text/markdown'] = OWN_LINK.sub(documented, text)
 
     def still(cell):
         "A widget without its kernel is only a line of text: leave it out."
@@ -76,7 +97,9 @@ def processors(nbs):
             cell.outputs = [o for o in cell.get('outputs', []) if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
 
     class Chapters(FilterDefaults):
-        def base_procs(self): return [{rm_export: fold_export, exec_show_docs: show_library}.get(p, p) for p in super().base_procs()] + [tidy_docs, still]
+        def base_procs(self):
+            ours = {add_show_docs: [add_show_docs, in_order], rm_export: [fold_export], exec_show_docs: [show_library]}
+            return [q for p in super().base_procs() for q in ours.get(p, [p])] + [tidy_docs, still]
     return Chapters
 
 def processed(nbs, workers=0):
@@ -109,6 +132,11 @@ def sidebar(nbs):
 
 def first_line(node): return (ast.get_docstring(node) or '').split('\n')[0]
 
+def in_table(text):
+    "Plain text as Markdown in a table: only `code` stays what it is."
+    parts = [part if i % 2 else re.sub(r'([*_<\[$])', r'\\\1', part) for i, part in enumerate(text.split('`'))]
+    return '`'.join(parts).replace('|', '\\|')
+
 def api(nbs, lib):
     "Markdown of the index of everything exported, with the first line of each docstring."
     lines = ['---', 'title: API reference', 'description: Everything that the notebooks export, with the first line of its docstring. Each name leads to its signature, shapes and source.', '---', '']
@@ -118,8 +146,7 @@ def api(nbs, lib):
         tree = ast.parse((lib/f'{module[1]}.py').read_text(encoding='utf-8'))
         nodes = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
         lines += [f'## {module[1]}', '', f'[{title_of(notebook)}]({notebook.name})', '', '| name | |', '|---|---|']
-        escaped = lambda text: re.sub(r'([|*_<\[$])', r'\\\1', text)
-        lines += [f'| [`{n.name}`]({notebook.name}#{n.name.lower()}) | {escaped(first_line(n))} |' for n in nodes] + ['']
+        lines += [f'| [`{n.name}`]({notebook.name}#{n.name.lower()}) | {in_table(first_line(n))} |' for n in nodes] + ['']
     return '\n'.join(lines)
 
 
@@ -145,10 +172,13 @@ def site(source, out):
     website.pop('site-url', None)         # no sitemap for a host that is not known
     website.update({'page-navigation': True, 'back-to-top-navigation': True})
     website['sidebar'] = {**website.get('sidebar', {}), 'contents': sidebar(ROOT/'nbs')}
-    project.config['format']['html']['include-in-header'] = [{'text': SEARCH}]
+    project.config['format']['html']['include-in-header'] = [{'text': HEADER}]
     built = Pages(project, quiet=True)
     built.out = out
     built.build()
+    owners = {}
+    for page in built.pages.values():
+        if (other := owners.setdefault(page.out, page.src)) != page.src: raise SystemExit(f'{other} and {page.src} both become {page.out}: rename one, nbdev leaves the number of a notebook out')
     return built
 
 def finish(out):

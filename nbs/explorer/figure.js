@@ -50,7 +50,7 @@
   }
 
   // ---- drawing: both axes logarithmic
-  const W = 720, H = 300, LEFT = 52, RIGHT = 10, TOP = 26, BOTTOM = 38;
+  const H = 300, LEFT = 52, RIGHT = 10, TOP = 26, BOTTOM = 38;
   const svg = root.querySelector("svg");
   const add = (name, attributes, text) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -59,6 +59,8 @@
     svg.append(node);
   };
   function draw(dist, { reading, u, l }) {
+    const W = Math.max(300, Math.min(root.clientWidth || 720, 760));      // so that letters keep their size on a phone
+    svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
     const low = Math.floor(Math.log10(Math.min(...dist.rows.map(r => Math.min(r.p, r.q)))));
     const x = rank => LEFT + (W - LEFT - RIGHT) * Math.log10(rank + 1) / Math.log10(dist.classes + 1);
     const y = p => TOP + (H - TOP - BOTTOM) * Math.log10(Math.max(p, 10 ** low)) / low;
@@ -88,6 +90,7 @@
   const control = name => root.querySelector(`[name=${name}]`);
   const distributions = data.positions.map(read);
   data.positions.forEach((p, i) => control("position").add(new Option(p.name, i)));
+  control("position").value = 1;
   const percent = x => (100 * x).toPrecision(3) + " %";
   function update(changed) {
     const o = { reading: control("reading").value, target: control("target").value, remainder: control("remainder").value, temperature: +control("temperature").value };
@@ -112,5 +115,6 @@
     }));
   }
   root.addEventListener("input", event => update(event.target.name));
+  window.addEventListener("resize", () => update());
   update();
 })();
