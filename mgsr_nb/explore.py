@@ -76,12 +76,12 @@ def positions() -> dict[str, dict]:
 POSITION = "a teacher in doubt"
 PLACES = torch.linspace(0, 1, 401, dtype=torch.float64)
 
-# %% ../nbs/15_explore.ipynb #8330e9b0
+# %% ../nbs/15_explore.ipynb #ec8015a3
 def dac_kl_numbers(position: str = POSITION, u: float = 0.95, l: float = 0.05, temperature: float = 0., reading: str = "value",
                    target: str = "once", remainder: str = "as_printed") -> dict:
-    """DAC-KL of a stored prediction under a fixed clip: 'loss' and 'forward_kl' (nats), 'kept_mass', 'student_mass', 'kept_classes', (V,) 'weight' and 'place' of each class, and 'mask' at each of `PLACES`.
+    """DAC-KL of a stored prediction under a fixed clip.
 
-    `ValueError` unless 0 <= l <= u <= 1."""
+    'loss' and 'forward_kl' (nats), 'kept_mass', 'student_mass', 'kept_classes'; (V,) 'weight' and 'place' of each class; 'mask' at each of `PLACES`. `ValueError` unless 0 <= l <= u <= 1."""
     stored = positions()[position]
     log_q, log_p, clip = stored["log_q"], stored["log_p"], FixedClip(u, l, reading, temperature)
     loss, found = DACKL(clip, target, remainder)(log_q, log_p)
@@ -95,9 +95,10 @@ def dac_kl_text(numbers: dict) -> str:
     stored, n = positions()[numbers["position"]], numbers
     note = " Below 0: a sum over some of the classes is no KL." if n["loss"] < 0 else ""
     return (f"<i>{html.escape(stored['text'].splitlines()[-1])}</i> &rarr; {html.escape(', '.join(w.strip() for w in stored['words'][:4]))}, ...<br>"
-            f"<b>DAC-KL {n['loss']:.4f} nats</b>, forward KL {n['forward_kl']:.4f}; {n['kept_classes']:,.1f} classes kept, teacher mass {n['kept_mass']:.4f}, student mass {n['student_mass']:.4f}.{note}")
+            f"<b>DAC-KL {n['loss']:.4f} nats</b>, forward KL {n['forward_kl']:.4f}; "
+            f"{n['kept_classes']:,.1f} classes kept, teacher mass {n['kept_mass']:.4f}, student mass {n['student_mass']:.4f}.{note}")
 
-# %% ../nbs/15_explore.ipynb #b07f6554
+# %% ../nbs/15_explore.ipynb #2fedfef9
 BLUE, ORANGE = "#2f6fb5", "#d9660d"
 
 def _panels(height: float, ratio: tuple[float, float] = (1, 1)):
@@ -128,18 +129,21 @@ def dac_kl_figure(numbers: dict) -> Figure:
     left.legend(fontsize=8, frameon=False, loc="upper right")
     right.plot(PLACES, numbers["mask"], color="0.6", lw=1)
     right.plot(place, weight, ".", color=BLUE, ms=5)
-    for name in "ul": right.axvline(numbers[name], color="k", lw=.8, ls="--"); right.text(numbers[name], 1.04, name, style="italic", ha="center", transform=right.get_xaxis_transform())
+    for name in "ul":
+        right.axvline(numbers[name], color="k", lw=.8, ls="--")
+        right.text(numbers[name], 1.04, name, style="italic", ha="center", transform=right.get_xaxis_transform())
     right.set(xlim=(-.03, 1.03), ylim=(-.05, 2.05 if weight.max() > 1 else 1.05), xlabel=f"place of the class, by {numbers['reading']}", ylabel="weight")
     return figure
 
-# %% ../nbs/15_explore.ipynb #e7151f2c
+# %% ../nbs/15_explore.ipynb #06d26b3b
 def explore_dac_kl() -> Explorer:
     "Sliders and menus on `dac_kl_numbers`."
     controls = {"position": choice("text", list(positions()), POSITION), "u": slider("u", .95, 0, 1, .005), "l": slider("l", .05, 0, 1, .005),
-                "temperature": slider("temperature", 0, 0, .1, .001), "reading": choice("reading", READINGS), "target": choice("target", TARGETS), "remainder": choice("remainder", REMAINDERS)}
+                "temperature": slider("temperature", 0, 0, .1, .001),
+                "reading": choice("reading", READINGS), "target": choice("target", TARGETS), "remainder": choice("remainder", REMAINDERS)}
     return Explorer(controls, dac_kl_numbers, dac_kl_figure, dac_kl_text)
 
-# %% ../nbs/15_explore.ipynb #59ad98a9
+# %% ../nbs/15_explore.ipynb #e5c8a25d
 GRID = torch.linspace(-7, 7, 121, dtype=torch.float64)      # a vocabulary with an order, so that it can be drawn
 TEACHER = torch.log(.65 * torch.exp(-(GRID + 2.5)**2 / .98) + .35 * torch.exp(-(GRID - 2.5)**2 / .98))
 CENTRES = torch.linspace(-5, 5, 201, dtype=torch.float64)
@@ -161,7 +165,8 @@ def divergence_numbers(loss: str = "forward_kl", centre: float = 0., width: floa
     value = f(bell(c, width), TEACHER, **options)
     gradient, = torch.autograd.grad(value, c)
     curve = f(bell(CENTRES, width), TEACHER.expand(len(CENTRES), -1), **options)
-    return {"value": value.item(), "gradient": gradient.item(), "curve": curve, "best": CENTRES[curve.argmin()].item(), "loss": loss, "options": options, "centre": centre, "width": width}
+    return {"value": value.item(), "gradient": gradient.item(), "curve": curve, "best": CENTRES[curve.argmin()].item(),
+            "loss": loss, "options": options, "centre": centre, "width": width}
 
 def divergence_text(numbers: dict) -> str:
     "The numbers in a line of HTML."
@@ -191,7 +196,7 @@ def explore_divergences() -> Explorer:
                 "alpha": slider("skew alpha", .1, .01, .99, .01), "beta": slider("JSD beta", .5, .01, .99, .01)}
     return Explorer(controls, divergence_numbers, divergence_figure, divergence_text)
 
-# %% ../nbs/15_explore.ipynb #291f8501
+# %% ../nbs/15_explore.ipynb #032d26d5
 TERMS = "sft", "dac", "span"
 
 @lru_cache
@@ -201,7 +206,9 @@ def terms_of_run(run: str = "examples/quickstart") -> pd.DataFrame:
     return log.loc[log.loss.notna(), [*TERMS, "loss"]]
 
 def weighted_numbers(sft: float = 1., dac: float = 1., span: float = 1.) -> dict:
-    "The objective of the quickstart's log under these weights: 'parts' (a column for each weighted term, a row for each step), its mean 'loss', 'share' {term: of it}. `ValueError` if all weights are 0."
+    """The objective of the quickstart's log under these weights.
+
+    'parts': a column for each weighted term, a row for each step; its mean 'loss'; 'share' {term: of the loss}. `ValueError` if all weights are 0."""
     weights = dict(zip(TERMS, (sft, dac, span)))
     if not any(weights.values()): raise ValueError("all weights are 0: nothing would be trained")
     parts = terms_of_run()[list(TERMS)] * pd.Series(weights)
@@ -227,7 +234,8 @@ def weighted_figure(numbers: dict) -> Figure:
     for ax in (left, right): ax.set_xlabel("step"); ax.title.set_fontsize(9); ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
-# %% ../nbs/15_explore.ipynb #9a0b39a9
+# %% ../nbs/15_explore.ipynb #91a7683c
 def explore_weights() -> Explorer:
     "Sliders on `weighted_numbers`: sft and dac from 0 to 2, span from 0 to 200, since its term is so small."
-    return Explorer({"sft": slider("sft", 1, 0, 2, .05), "dac": slider("dac", 1, 0, 2, .05), "span": slider("span", 1, 0, 200, 1)}, weighted_numbers, weighted_figure, weighted_text)
+    controls = {"sft": slider("sft", 1, 0, 2, .05), "dac": slider("dac", 1, 0, 2, .05), "span": slider("span", 1, 0, 200, 1)}
+    return Explorer(controls, weighted_numbers, weighted_figure, weighted_text)

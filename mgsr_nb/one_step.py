@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from .models import LAYER
 
-# %% ../nbs/16_one_step.ipynb #6c6ad176
+# %% ../nbs/16_one_step.ipynb #cbc70198
 def shapes(**tensors: Tensor) -> str:
     "One line: name, shape and type of each tensor."
     return "   ".join(f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items())
@@ -24,7 +24,7 @@ def heat_strip(tokens: Sequence[str], values: Sequence[float], title: str = "", 
     def piece(token, value, mark):
         line = "text-decoration:underline;" if mark else ""
         shown = html.escape(token).replace("\n", "↵")
-        return f'<span title="{value:.3f}" style="background:rgba(217,102,13,{max(value, 0) / top:.2f});{line}">{shown}</span>'
+        return f'<span title="{value:.3f}" style="background:rgba(217,102,13,{.6 * max(value, 0) / top:.2f});{line}">{shown}</span>'
     return f'<p style="white-space:pre-wrap">{html.escape(title)}{"".join(map(piece, tokens, values, marked))}</p>'
 
 def gradient_norms(model: nn.Module) -> pd.Series:

@@ -359,11 +359,10 @@ def check_pair(config: RunConfig, tokenizer) -> None:
         check_sizes(config.student, "student", tokens)
         check_tokenizers(load_tokenizer(config.student, "student"), tokenizer)
 
-# %% ../nbs/10_training.ipynb #9fea0e9c
+# %% ../nbs/10_training.ipynb #d9cac33b
 def prepare(config: RunConfig, cpu: bool = False) -> Setup:
     "Load all that `config` names. Raises `ConfigError` or a data error before anything expensive."
     accelerator = accelerator_of(config, cpu)
-    precision = precision_of(accelerator)
     if accelerator.num_processes > config.batch_size:
         raise ConfigError(f"batch_size: {config.batch_size} sequences cannot be shared by {accelerator.num_processes} processes; allowed: at least one for each")
     tokenizer = load_tokenizer(config.teacher)
@@ -373,6 +372,7 @@ def prepare(config: RunConfig, cpu: bool = False) -> Setup:
     student, student_key = make_student(config, teacher, teacher_key, train, tokenizer, accelerator)
     vocab = shared_vocabulary(student, teacher, tokenizer)
     for model, parameter in ((teacher, "teacher"), (student, "student")): check_head(model, getattr(config, parameter), parameter)
+    precision = precision_of(accelerator)
     frozen = precision if config.frozen_precision == "auto" else config.frozen_precision
     teacher.requires_grad_(False).to(getattr(torch, frozen))
     stops = stop_ids(teacher, tokenizer)

@@ -176,7 +176,7 @@ def test_shapes_are_one_line():
 
 def test_heat_strip_colours_by_value_and_shows_every_character():
     strip = heat_strip(['<a>', ' b\n', 'c'], [0., 2., 4.], 'x & y: ', [False, True, False])
-    assert [float(x) for x in re.findall(r'13,([\d.]+)\)', strip)] == [0, .5, 1]
+    assert [float(x) for x in re.findall(r'13,([\d.]+)\)', strip)] == [0, .3, .6]
     assert '&lt;a&gt;' in strip and 'b↵' in strip and 'x &amp; y: ' in strip and 'title="2.000"' in strip
     assert [m for m in re.findall(r'underline;">([^<]*)<', strip)] == [' b↵']
     assert 'nan' not in heat_strip(['a'], [0.]) and heat_strip([], []) == '<p style="white-space:pre-wrap"></p>'
