@@ -92,9 +92,10 @@ def processors(nbs):
                 if text: data['text/markdown'] = OWN_LINK.sub(documented, text)
 
     def still(cell):
-        "A widget without its kernel is only a line of text: leave it out."
+        "A widget without its kernel is nothing to look at: its picture and its line of text stay."
         if cell.cell_type == 'code':
-            cell.outputs = [o for o in cell.get('outputs', []) if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
+            for o in cell.get('outputs', []): o.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
+            cell.outputs = [o for o in cell.get('outputs', []) if o.get('data', True)]
 
     class Chapters(FilterDefaults):
         def base_procs(self):
