@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 RUN_ARGS ?=
 
 # whose growth with tokens and vocabulary `make performance` measures
-GROWTH := mgsr,dense_forward_kl,liger_jsd_same_chunk,floor_matrix_products
+GROWTH := mgsr,dense_forward_kl,liger_jsd_same_chunk
 
 VENV2 := .venv-nbdev2
 STAMP2 := $(VENV2)/.installed
@@ -77,10 +77,10 @@ nbdev2-check: $(STAMP2)
 
 # on a machine that does nothing else; with the peers: .venv/bin/pip install -c constraints.txt -e '.[bench]'
 performance: $(STAMP)
-	$(BIN)/python tools/bench.py loss --out runs/performance/loss.csv
-	$(BIN)/python tools/bench.py loss --out runs/performance/growth.csv --rounds 3 --cases $(GROWTH) --rows 256,512,1024 --vocab 12288,24576,49152
-	$(BIN)/python tools/bench.py scrg --out runs/performance/scrg.csv
-	$(BIN)/python tools/bench.py step --out runs/performance/step.csv
+	$(BIN)/python tools/bench.py step --rounds 3 --no-memory --prompt-tokens 48 --new-tokens 32 --out runs/performance/step.csv
+	$(BIN)/python tools/bench.py scrg --rounds 3 --no-memory --out runs/performance/scrg.csv
+	$(BIN)/python tools/bench.py loss --rounds 3 --out runs/performance/loss.csv
+	$(BIN)/python tools/bench.py loss --rounds 2 --cases $(GROWTH) --rows 256,1024 --vocab 12288,49152 --out runs/performance/growth.csv
 	$(BIN)/python -m jupyter execute --inplace nbs/12_performance.ipynb
 	$(BIN)/nbdev-clean
 
