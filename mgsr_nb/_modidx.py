@@ -583,6 +583,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mgsr_nb.training.run': ('training.html#run', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.schedule_factor': ('training.html#schedule_factor', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.scores': ('training.html#scores', 'mgsr_nb/training.py'),
+                                  'mgsr_nb.training.speaking': ('training.html#speaking', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.teacher_responses': ('training.html#teacher_responses', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.teacher_states': ('training.html#teacher_states', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.text_digest': ('training.html#text_digest', 'mgsr_nb/training.py'),

@@ -8,10 +8,11 @@ __all__ = ['STATES_LIMIT', 'make_clip', 'make_objective', 'make_source', 'make_d
            'made_once', 'text_digest', 'model_key', 'Setup', 'tokenised', 'load_data', 'tuned', 'tuned_teacher',
            'make_student', 'teacher_responses', 'make_accelerator', 'accelerator_of', 'check_pair', 'prepare',
            'precision_of', 'Progress', 'TrainingError', 'check_finite', 'file_digests', 'damage', 'Clock', 'Trainer',
-           'teacher_states', 'scores', 'machine', 'write_results', 'tidy', 'run', 'metrics_table', 'learned_limits']
+           'teacher_states', 'scores', 'machine', 'write_results', 'tidy', 'speaking', 'run', 'metrics_table',
+           'learned_limits']
 
-# %% ../nbs/10_training.ipynb #baf557cb
-import contextlib, dataclasses, hashlib, json, logging, math, os, platform, shutil, time, warnings
+# %% ../nbs/10_training.ipynb #3ff9f679
+import contextlib, dataclasses, hashlib, json, logging, math, os, platform, shutil, time, traceback, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Optional, Sequence
@@ -720,7 +721,16 @@ def tidy(folder: Path) -> None:
     for name in ("checkpoints", "best"): shutil.rmtree(folder/name, ignore_errors=True)
     for part in folder.glob("*.part"): shutil.rmtree(part) if part.is_dir() else part.unlink()
 
-# %% ../nbs/10_training.ipynb #80f62690
+# %% ../nbs/10_training.ipynb #ea9a6577
+@contextlib.contextmanager
+def speaking():
+    "Print an error of one of several processes where it happens: their launcher may only tell of another one, which waited for it in vain."
+    try: yield
+    except Exception:
+        if torch.distributed.is_available() and torch.distributed.is_initialized(): traceback.print_exc()
+        raise
+
+@speaking()
 def run(config: RunConfig, cpu: bool = False) -> dict:
     "A whole run without a notebook; its metrics. A finished run of the same parameters is not repeated."
     accelerator = accelerator_of(config, cpu)
