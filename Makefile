@@ -65,7 +65,6 @@ readme: $(STAMP)
 
 # the site in _docs/: open _docs/index.html, or put the folder on any static host
 docs: $(STAMP)
-	@$(BIN)/python -c 'import smalldocs' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	$(BIN)/python tools/docs.py
 
 $(STAMP2): Makefile

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'loss_weights', 'fixed_clipping', 'components', 'sampling', 'dac_parts', 'divergences', 'baselines',
            'corrections', 'f_sub', 'spans', 'capacity', 'SUITES', 'training_notebook', 'typed_parameters',
-           'run_command', 'main', 'dry_command', 'results_line', 'After', 'Claim', 'Suite', 'learned_means']
+           'run_command', 'execute_whole', 'main', 'dry_command', 'results_line', 'After', 'Claim', 'Suite',
+           'learned_means']
 
 # %% ../nbs/11_ablation.ipynb #cbab3d03
 import json, os, sys, tempfile
@@ -30,7 +31,7 @@ def typed_parameters(flags: Sequence[str]) -> dict:
         command.main([str(training_notebook()), str(prepared), "--prepare-only", "--log-level", "ERROR", *flags], standalone_mode=False)
         return json.loads(prepared.read_text())["metadata"]["papermill"]["parameters"]
 
-# %% ../nbs/11_ablation.ipynb #e5813edd
+# %% ../nbs/11_ablation.ipynb #eaa4ab35
 def run_command(flags: Sequence[str]) -> Optional[Path]:
     "Execute the training notebook with papermill's `flags`; the run's folder, or None after a dry run, which has none. Raises `ConfigError` before a kernel starts."
     from papermill.cli import papermill as command
@@ -39,11 +40,14 @@ def run_command(flags: Sequence[str]) -> Optional[Path]:
         print(dry_command(flags)); return None
     folder = open_run(config)
     print(f"mgsr-run: {os.path.relpath(folder)}", file=sys.stderr, flush=True)
-    # the notebook appears under its own name when it is whole; until then, and after a failure, it is the partial one
-    partial = folder/"train.partial.ipynb"
-    command.main([os.path.relpath(training_notebook()), os.path.relpath(partial), *flags], standalone_mode=False)  # relative: the notebook records them
-    os.replace(partial, folder/"train.ipynb")
+    execute_whole(folder, lambda source, target: command.main([source, target, *flags], standalone_mode=False))
     return folder
+
+def execute_whole(folder: Path, execute: Callable[[str, str], object]) -> None:
+    "`execute(source, target)` the training notebook: it appears under its own name when it is whole; until then, and after a failure, it is the partial one."
+    partial = folder/"train.partial.ipynb"
+    execute(os.path.relpath(training_notebook()), os.path.relpath(partial))     # relative: the notebook records them
+    os.replace(partial, folder/"train.ipynb")
 
 def main() -> None:
     "Console script `mgsr-run`: papermill's flags in, runs/<name>/ out; wrong parameters end with status 2 and say what is allowed."

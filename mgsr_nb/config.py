@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVAL_SET_NAMES', 'DIVERGENCE_NAMES', 'ELSEWHERE', 'CHECKS', 'PRESETS', 'METHODS', 'ConfigError', 'RunConfig',
            'resolve', 'from_notebook', 'run_name', 'project_root', 'write_atomic', 'write_json', 'write_csv',
-           'run_folder', 'open_run', 'recorded_digest', 'finished', 'parameter_table']
+           'runs_root', 'run_folder', 'open_run', 'recorded_digest', 'finished', 'parameter_table']
 
 # %% ../nbs/00_config.ipynb #f302dab8
 import ast, csv, difflib, hashlib, io, json, os, re, shutil
@@ -378,11 +378,15 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer.writeheader(); writer.writerows(rows)
     write_atomic(path, out.getvalue())
 
-# %% ../nbs/00_config.ipynb #ca71c174
+# %% ../nbs/00_config.ipynb #cc3df82e
+def runs_root(runs_dir: str | Path) -> Path:
+    "The folder of runs: a relative path starts at the project's root."
+    root = Path(runs_dir)
+    return root if root.is_absolute() else project_root()/root
+
 def run_folder(config: RunConfig) -> Path:
     "Where the run lies; nothing is made."
-    root = Path(config.runs_dir)
-    return (root if root.is_absolute() else project_root()/root)/run_name(config)
+    return runs_root(config.runs_dir)/run_name(config)
 
 def open_run(config: RunConfig) -> Path:
     """The run's folder, with its config.json written. Raises `ConfigError` if it holds another configuration and `overwrite` is off."""

@@ -41,7 +41,15 @@ def repetition(texts: Sequence[str], n: int = 4) -> float:
     rates = [1 - distinct_n([text], n) for text in texts if len(text.split()) >= n]
     return sum(rates) / max(len(texts), 1)
 
-# %% ../nbs/09_evaluation.ipynb #ed9ebd85
+# %% ../nbs/09_evaluation.ipynb #99de564e
+def _batches(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, batch_size: int, device):
+    "Batches of texts of similar lengths, which pads less: the pairs' indices, and the `Batch` on the device."
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    for a in range(0, len(order), batch_size):
+        part = order[a:a + batch_size]
+        yield part, collate([pairs[i] for i in part], pad_id).to(device)
+
+# %% ../nbs/09_evaluation.ipynb #c213b4e1
 def token_losses(student: nn.Module, teacher: Optional[nn.Module], pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, vocab: int,
                  batch_size: int = 16, chunk_tokens: int = 256, known: Optional[Sequence[Tensor]] = None) -> list[list[Tensor]]:
     """NLL under the student and, with a teacher, forward KL from it: `[nll]` or `[nll, kl]`, each with one (n,) float64 tensor of nats on the CPU per pair.
@@ -51,11 +59,8 @@ def token_losses(student: nn.Module, teacher: Optional[nn.Module], pairs: Sequen
     device = next(student.parameters()).device
     models = [student] if teacher is None else [student, teacher]
     found = [[torch.zeros(0, dtype=torch.float64)] * len(pairs) for _ in models]
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))  # less padding
     with evaluating(*models):
-        for a in range(0, len(order), batch_size):
-            part = order[a:a + batch_size]
-            batch = collate([pairs[i] for i in part], pad_id).to(device)
+        for part, batch in _batches(pairs, pad_id, batch_size, device):
             rows, ids = supervised(batch), labels(batch)
             hidden = [hidden_states(m, batch)[rows] for m in (models if known is None else models[:1])]
             if known is not None: hidden.append(torch.cat([known[i] for i in part]).to(device))
@@ -69,16 +74,12 @@ def token_losses(student: nn.Module, teacher: Optional[nn.Module], pairs: Sequen
                 for i, values in zip(part, row.split(sizes)): kind[i] = values
     return found
 
-# %% ../nbs/09_evaluation.ipynb #df1f3287
+# %% ../nbs/09_evaluation.ipynb #3327ee33
 def response_states(model: nn.Module, examples: Sequence[Encoded], pad_id: int, batch_size: int = 16) -> list[Tensor]:
     "The last hidden states (n, H) that predict the n response tokens of each example, on the CPU."
     found = [torch.zeros(0)] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids) + len(examples[i].response_ids))
-    device = next(model.parameters()).device
     with evaluating(model):
-        for a in range(0, len(order), batch_size):
-            part = order[a:a + batch_size]
-            batch = collate([(examples[i].prompt_ids, examples[i].response_ids) for i in part], pad_id).to(device)
+        for part, batch in _batches([(e.prompt_ids, e.response_ids) for e in examples], pad_id, batch_size, next(model.parameters()).device):
             states = hidden_states(model, batch)[supervised(batch)].cpu()
             for i, x in zip(part, states.split([len(examples[i].response_ids) for i in part])): found[i] = x
     return found

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['BARS', 'measured', 'against', 'bars']
 
-# %% ../nbs/12_performance.ipynb #c7657e76
-import json
+# %% ../nbs/12_performance.ipynb #49df6313
 from pathlib import Path
 import pandas as pd
 from .config import project_root

@@ -14,7 +14,7 @@ __all__ = ['NO_SUITES', 'METRICS', 'DECIDING', 'DRAWS', 'HOLDS', 'FAILS', 'OPEN'
            'small_png', 'effect_plot', 'learning_curves', 'limits_plot', 'weight_grid', 'weight_heatmap', 'costs',
            'cost_plot', 'suite_figures', 'show_suite']
 
-# %% ../nbs/14_statistics.ipynb #1434464a
+# %% ../nbs/14_statistics.ipynb #c54542c7
 import io, json, re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from .config import project_root, write_atomic, write_json
+from .config import runs_root, write_atomic, write_json
 
 # %% ../nbs/14_statistics.ipynb #1539ee02
 @dataclass(frozen=True)
@@ -105,12 +105,11 @@ class Results:
 
 def _place(name: str, known) -> int: return list(known).index(name) if name in known else len(known)
 
-# %% ../nbs/14_statistics.ipynb #aacfd84f
+# %% ../nbs/14_statistics.ipynb #3f997d73
 def read_results(runs_dir: str | Path = "runs", suites: Optional[dict] = None) -> Results:
     "What lies below `runs_dir`; a relative path starts at the project's root. `suites`: {name: Suite}, by default those of notebook 11."
     if suites is None: from mgsr_nb.ablation import SUITES as suites
-    top = Path(runs_dir) if Path(runs_dir).is_absolute() else project_root()/runs_dir
-    folders = [p for p in top.glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name) and p.is_dir() and p.parts[-3] not in NO_SUITES]
+    folders = [p for p in runs_root(runs_dir).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name) and p.is_dir() and p.parts[-3] not in NO_SUITES]
     return Results(on_the_same_prompts([read_run(p) for p in sorted(folders)]), suites)
 
 def on_the_same_prompts(runs: Sequence[Run]) -> list[Run]:
@@ -335,7 +334,7 @@ def claim_table(claims: pd.DataFrame) -> str:
         rows.append({"the paper says: better is": f"{c.text} (`{c.better}`, not `{c.worse}`)", "where": c.source, "seeds": c.seeds, "verdict": f"**{c[f'{DECIDING}_verdict']}**"} | cells)
     return markdown_table(rows)
 
-# %% ../nbs/14_statistics.ipynb #63454fb8
+# %% ../nbs/14_statistics.ipynb #14281270
 def results_table(runs_dir: str | Path = "runs", suites: Optional[dict] = None, results: Optional[Results] = None) -> pd.DataFrame:
     "One row per ended run: suite, cell, seed, scores of the student, seconds, digest, preset, precision, device, torch, and the error of a failed one."
     return pd.DataFrame([_row(r) for r in (results or read_results(runs_dir, suites)).runs if r.metrics or r.error])
@@ -357,7 +356,7 @@ def results_csv(runs_dir: str | Path = "runs", suites: Optional[dict] = None, re
 
 def write_results_csv(runs_dir: str | Path = "runs") -> Path:
     "Write results.csv into `runs_dir`; its path."
-    path = (Path(runs_dir) if Path(runs_dir).is_absolute() else project_root()/runs_dir)/"results.csv"
+    path = runs_root(runs_dir)/"results.csv"
     write_atomic(path, results_csv(runs_dir))
     return path
 

@@ -7,15 +7,15 @@ __all__ = ['PRESET', 'BUSY', 'Job', 'jobs_of', 'lock_of', 'locked', 'state', 'ru
            'Processes', 'visible_devices', 'RayTasks', 'run_elsewhere', 'Sweep', 'plan', 'time_left', 'clock', 'ablate',
            'slots_of', 'threads_of', 'result_of', 'main', 'ablate_by']
 
-# %% ../nbs/11b_runner.ipynb #db6a2df9
-import argparse, json, os, queue, re, signal, statistics, subprocess, sys, tempfile, threading, time, traceback
+# %% ../nbs/11b_runner.ipynb #788b1122
+import argparse, json, os, queue, re, signal, subprocess, sys, tempfile, threading, time, traceback
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Optional, Sequence
 import pandas as pd
 from filelock import FileLock, Timeout
-from .ablation import SUITES, After, Suite, training_notebook, typed_parameters
+from .ablation import SUITES, After, execute_whole, typed_parameters
 from .config import ConfigError, _nearest, finished, open_run, project_root, recorded_digest, resolve, run_folder, write_json
 
 # %% ../nbs/11b_runner.ipynb #a27fa48c
@@ -91,7 +91,7 @@ def state(job: Job) -> str:
     if finished(folder): return "finished"
     return "failed" if (folder/"error.json").is_file() else "begun"
 
-# %% ../nbs/11b_runner.ipynb #f596059c
+# %% ../nbs/11b_runner.ipynb #e6f07aae
 def run_cell(params: dict, overwrite: bool = False) -> str:
     "Execute the training notebook with `params` in this process's kernel: finished, failed, or running, if another process is at it. Raises `ConfigError`."
     from papermill import PapermillExecutionError, execute_notebook
@@ -102,11 +102,9 @@ def run_cell(params: dict, overwrite: bool = False) -> str:
         open_run(resolve(params, overwrite=overwrite and recorded_digest(folder) != resolve(params).digest))
         if finished(folder): return "finished"
         (folder/"error.json").unlink(missing_ok=True)
-        partial = folder/"train.partial.ipynb"
-        try: execute_notebook(os.path.relpath(training_notebook()), os.path.relpath(partial), parameters=params, progress_bar=False)
+        try: execute_whole(folder, lambda source, target: execute_notebook(source, target, parameters=params, progress_bar=False))
         except PapermillExecutionError as e: return record_failure(folder, params, f"{e.ename}: {e.evalue}", "\n".join(e.traceback))
         except Exception as e: return record_failure(folder, params, f"{type(e).__name__}: {e}", traceback.format_exc())     # the kernel died, the disk is full
-        os.replace(partial, folder/"train.ipynb")
         return "finished"
 
 def record_failure(folder: Path, params: dict, error: str, trace: str) -> str:

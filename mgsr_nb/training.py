@@ -232,7 +232,7 @@ def model_key(name: str) -> dict:
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     return {"id": name, "files": [file_digest(f) for f in files]}
 
-# %% ../nbs/10_training.ipynb #22e329df
+# %% ../nbs/10_training.ipynb #7c8dbe3c
 @dataclass
 class Setup:
     "Loaded parts of a run. `keys` identify teacher and student start, for what is computed from them once."
@@ -255,6 +255,11 @@ class Setup:
         "Indices of the training examples of a step."
         c = self.config
         return batch_indices(len(self.train), c.batch_size, step, c.seed, self.lengths, c.length_buckets)
+
+    def validated(self, model: nn.Module) -> dict:
+        "`held_out` of a model on the validation examples, under the run's autocast."
+        with self.accelerator.autocast():
+            return held_out(model, self.teacher, self.validation, self.tokenizer.pad_token_id, self.vocab, chunk_tokens=self.config.chunk_tokens, known=self.states.get("validation"))
 
     def sampler(self, model: nn.Module, teacher_mix: float = 0.) -> Callable:
         "`sample(prompts, keys, limits, past)` of `model`, with a share of the teacher, under the run's autocast."
@@ -453,7 +458,7 @@ class Clock:
         for name, start, end in spans: found[name] = found.get(name, 0.) + (start.elapsed_time(end) / 1000 if self.cuda else end - start)
         return found
 
-# %% ../nbs/10_training.ipynb #e2520429
+# %% ../nbs/10_training.ipynb #56eff4ad
 class Trainer:
     "Trains `setup.student` as `setup.config` says. `folder`: where log and checkpoints go; None keeps all in memory."
     def __init__(self, setup: Setup, folder: Optional[Path] = None):
@@ -554,9 +559,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         "NLL and KL on the validation examples, in nats a token; the source hears of it (the off-policy threshold)."
-        s = self.setup
-        with self.accelerator.autocast():
-            found = held_out(s.student, s.teacher, s.validation, s.tokenizer.pad_token_id, s.vocab, chunk_tokens=self.config.chunk_tokens, known=s.states.get("validation"))
+        found = self.setup.validated(self.setup.student)
         self.source.validated(found["nll"])
         found = {"validation_nll": found["nll"], "validation_kl": found["kl"]}
         return found | ({"validation_rouge_l": self._rouge_l()} if self.config.select == "rouge_l" else {})
@@ -676,15 +679,15 @@ def teacher_states(setup: Setup) -> dict[str, list[Tensor]]:
     states = load_file(made_once("teacher_states", key, make)/"states.safetensors")
     return {name: states[name].split(sizes[name]) for name in states}
 
-# %% ../nbs/10_training.ipynb #48a0e50b
+# %% ../nbs/10_training.ipynb #b13a3936
 def scores(setup: Setup, model: nn.Module, key: Optional[dict] = None) -> dict:
     "Validation and test metrics of `model`, `average` over the test sets, and its answers; read from the cache if `key` was evaluated before."
     c, s, teacher_text = setup.config, setup, None
     if c.eval_exposure and model is not s.teacher: teacher_text = scores(s, s.teacher, s.keys["teacher"])["ids"]
     def compute():
         model.eval()
+        validation = s.validated(model)
         with s.accelerator.autocast():
-            validation = held_out(model, s.teacher, s.validation, s.tokenizer.pad_token_id, s.vocab, chunk_tokens=c.chunk_tokens, known=s.states.get("validation"))
             test, answers, ids = evaluate(model, s.teacher, s.eval_sets, s.sampler(model), s.tokenizer, s.vocab, c.eval_seed_list, c.max_new_tokens, c.eval_batch_size,
                                           c.chunk_tokens, teacher_text, s.states)
         average = {k: sum(m[k] for m in test.values()) / len(test) for k in ("rouge_l", "nll", "kl")}

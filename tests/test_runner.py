@@ -144,8 +144,8 @@ def test_several_jobs_share_the_threads(project, monkeypatch):
     table = ablate('loss_weights', preset='quickstart', cells=CELLS[:2], params=dict(max_steps=20), jobs=2, say=lambda text: None)
     assert list(table.state) == 2 * ['finished'] and time.time() - begin < 60
     assert {line.split()[1] for line in (project/'ran.txt').read_text().splitlines()} == {'2'}
-    pids = [(folder(project, c)/'metrics.json').stat().st_mtime for c in CELLS[:2]]
-    assert abs(pids[0] - pids[1]) < 2        # one after the other would be 2 s and a start of a kernel apart
+    ended = [(folder(project, c)/'metrics.json').stat().st_mtime for c in CELLS[:2]]
+    assert abs(ended[0] - ended[1]) < 2        # one after the other would be 2 s and a start of a kernel apart
 
 def test_each_gpu_has_its_own_slot(monkeypatch):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,GPU-ab')
