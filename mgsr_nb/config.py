@@ -17,15 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 class ConfigError(ValueError):
     "A parameter that is unknown, of the wrong type, out of range, or in conflict with another one."
 
-# %% ../nbs/00_config.ipynb #69564f1e
+# %% ../nbs/00_config.ipynb #a926264f
 EVAL_SET_NAMES = ("tiny", "dolly", "self_inst", "vicuna", "sinst", "uinst")
 DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl")
-ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite", "dry_run")  # say where a run lies, not what it computes
+ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite", "dry_run", "tracker")  # say where a run lies, not what it computes
 
 def _number(default, meaning, **bounds): return Field(default, description=meaning, allow_inf_nan=False, **bounds)
 def _choice(default, meaning): return Field(default, description=meaning)
 
-# %% ../nbs/00_config.ipynb #62cc9111
+# %% ../nbs/00_config.ipynb #f181aeb7
 class RunConfig(BaseModel):
     """All parameters of one run, validated and immutable; the defaults are the `quickstart` preset.
 
@@ -112,6 +112,7 @@ class RunConfig(BaseModel):
     length_buckets: int = _number(1, "steps whose sequences are sorted by length together, so that a batch pads less; 1: none are", ge=1)
     micro_batch_size: int = _number(0, "sequences of one forward pass of a process; 0: all of its share", ge=0)
     chunk_tokens: int = _number(128, "rows of (tokens x vocabulary) in memory at once", ge=1)
+    compile_student: bool = _choice(False, "torch.compile for the student's passes in training: a slow first step, then faster ones; needs a C++ compiler")
     learning_rate: float = _number(1e-4, "peak learning rate of the student (and of the teacher's fine-tuning)", gt=0)
     warmup_steps: int = _number(3, "steps of linear warm-up, then cosine to 0", ge=0)
     weight_decay: float = _number(0.01, "AdamW weight decay", ge=0)
@@ -126,6 +127,7 @@ class RunConfig(BaseModel):
     select: Literal["last", "nll", "kl", "rouge_l"] = _choice("last", "which weights are the result: the last ones, or the best of the validations by this metric")
     checkpoint_every: int = _number(0, "steps between checkpoints; 0: none", ge=0)
     log_every: int = _number(1, "steps between rows of log.csv", ge=1)
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = _choice("none", "where the log goes besides log.csv; the tracker's package has to be installed")
     save_student: bool = _choice(True, "write the student as a Hugging Face checkpoint")
     save_samples: int = _number(0, "prompts of each set whose answers samples.jsonl keeps; 0: all", ge=0)
 
@@ -378,7 +380,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer.writeheader(); writer.writerows(rows)
     write_atomic(path, out.getvalue())
 
-# %% ../nbs/00_config.ipynb #cc3df82e
+# %% ../nbs/00_config.ipynb #e06d34cf
 def runs_root(runs_dir: str | Path) -> Path:
     "The folder of runs: a relative path starts at the project's root."
     root = Path(runs_dir)
@@ -397,7 +399,7 @@ def open_run(config: RunConfig) -> Path:
         raise ConfigError(f"run_name: {folder} already holds a run with other parameters (digest {other}, this one {config.digest}); choose another run_name, or set overwrite True")
     if config.overwrite:  # a finished run of the same name must not pass for this one
         for name in ("metrics.json", "log.csv", "samples.jsonl", "error.json", "train.ipynb"): (folder/name).unlink(missing_ok=True)
-        for name in ("checkpoints", "best", "student"): shutil.rmtree(folder/name, ignore_errors=True)
+        for name in ("checkpoints", "best", "student", "tensorboard"): shutil.rmtree(folder/name, ignore_errors=True)
     write_json(folder/"config.json", {"digest": config.digest, **config.model_dump(exclude={"data_dir", "runs_dir"})})
     return folder
 

@@ -8,11 +8,11 @@ __all__ = ['VERIFIED', 'BUILTIN', 'GGUF_NAME', 'GGUF_DIGEST', 'GGUF_INSTALL', 'L
            'head_logits', 'check_head', 'check_tokenizers', 'shared_vocabulary', 'stop_ids', 'check_sizes', 'truncate',
            'block_influence', 'choose_layers', 'add_lora', 'save_model', 'resolve_precision']
 
-# %% ../nbs/02_models.ipynb #3f9d88cc
+# %% ../nbs/02_models.ipynb #25fcdcac
 import contextlib, hashlib, importlib.util, json, os, re, shutil
 from copy import deepcopy
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Optional
 import torch
 from torch import nn
 from filelock import FileLock
@@ -106,7 +106,7 @@ def load_model(name: str = BUILTIN, parameter: str = "teacher"):
     with _explained(name, parameter):
         return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=torch.float32, use_safetensors=True).eval()
 
-# %% ../nbs/02_models.ipynb #b5b73306
+# %% ../nbs/02_models.ipynb #88196fa9
 def base_model(model: nn.Module) -> nn.Module:
     "The `transformers` model inside LoRA's wrapper, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -120,9 +120,9 @@ def head(model: nn.Module) -> nn.Module:
     "The output layer of a language model: hidden states (..., H) to logits (..., V or more)."
     return base_model(model).get_output_embeddings()
 
-def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
-    "Last hidden states (B, T, H) of `batch`; row t is what the head turns into the prediction of token t + 1."
-    return decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False)[0]
+def hidden_states(model: nn.Module, batch: Batch, compiled: Optional[Callable] = None) -> torch.Tensor:
+    "Last hidden states (B, T, H) of `batch`; row t is what the head turns into the prediction of token t + 1. `compiled`: what to call for the model's decoder."
+    return (compiled or decoder(model))(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False)[0]
 
 def head_logits(model: nn.Module, hidden: torch.Tensor, vocab: int) -> torch.Tensor:
     "Logits (..., vocab) of hidden states (..., H): the ids that teacher and student share."

@@ -6,20 +6,21 @@
 __all__ = ['STATES_LIMIT', 'make_clip', 'make_objective', 'make_source', 'make_detector', 'Distiller', 'correction_gains',
            'Distilled', 'Micro', 'by_length', 'micro_batches', 'make_optimizer', 'schedule_factor', 'fine_tune',
            'made_once', 'text_digest', 'model_key', 'Setup', 'tokenised', 'load_data', 'tuned', 'tuned_teacher',
-           'make_student', 'teacher_responses', 'make_accelerator', 'accelerator_of', 'check_pair', 'prepare',
-           'precision_of', 'Progress', 'TrainingError', 'check_finite', 'file_digests', 'damage', 'Clock', 'Trainer',
-           'teacher_states', 'scores', 'machine', 'write_results', 'tidy', 'speaking', 'run', 'metrics_table',
-           'learned_limits']
+           'make_student', 'teacher_responses', 'make_accelerator', 'accelerator_of', 'check_tools', 'check_pair',
+           'prepare', 'precision_of', 'Progress', 'TrainingError', 'check_finite', 'file_digests', 'damage', 'Clock',
+           'tracking', 'Trainer', 'teacher_states', 'scores', 'machine', 'write_results', 'tidy', 'speaking', 'run',
+           'metrics_table', 'learned_limits']
 
-# %% ../nbs/10_training.ipynb #3ff9f679
+# %% ../nbs/10_training.ipynb #4c33aa5b
 import contextlib, dataclasses, hashlib, json, logging, math, os, platform, shutil, time, traceback, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Optional, Sequence
-import torch
+import accelerate, torch
 from torch import Tensor, nn
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -69,13 +70,14 @@ def make_detector(config: RunConfig) -> Callable:
     "What decides which token SCRG corrects (notebook 08)."
     return {"max_kl": MaxKL, "threshold": lambda: FirstAbove(config.scrg_threshold), "random": AnyDifference}[config.scrg_detect]()
 
-# %% ../nbs/10_training.ipynb #87f4c877
+# %% ../nbs/10_training.ipynb #51cac49e
 class Distiller(nn.Module):
     "Student and objective. `forward` gives the loss of a micro-batch, already divided by the counts of the whole step."
-    def __init__(self, student: nn.Module, objective: Objective, teacher: Optional[nn.Module], vocab: int):
+    def __init__(self, student: nn.Module, objective: Objective, teacher: Optional[nn.Module], vocab: int, compiled: bool = False):
         super().__init__()
         self.student, self.objective, self.vocab = student, objective, vocab
         self._teacher = (teacher,)  # in a tuple, where nn.Module does not look for submodules
+        self._compiled = (torch.compile(decoder(student), dynamic=True) if compiled else None,)     # sampling goes on without: its shapes change with every token
 
     @property
     def teacher(self): return self._teacher[0]
@@ -83,7 +85,7 @@ class Distiller(nn.Module):
     def text(self, batch: Batch, with_teacher: bool, known: Optional["Micro"] = None) -> Text:
         "The supervised positions of a batch: the student's hidden states with gradient, the teacher's without, unless they are `known`."
         rows = supervised(batch)
-        text = Text(hidden_states(self.student, batch)[rows], labels(batch), head(self.student), vocab=self.vocab)
+        text = Text(hidden_states(self.student, batch, self._compiled[0])[rows], labels(batch), head(self.student), vocab=self.vocab)
         if known: text.pair_weight, text.policy, text.teacher_hidden = known.pair_weight, known.policy, known.teacher_hidden
         if with_teacher:
             text.teacher_head = head(self.teacher)
@@ -340,7 +342,7 @@ def teacher_responses(setup: Setup) -> list[Encoded]:
     found = dict(zip(visited, texts))
     return [dataclasses.replace(e, response_ids=found[i]) if i in found else e for i, e in enumerate(setup.train)]
 
-# %% ../nbs/10_training.ipynb #64198b9f
+# %% ../nbs/10_training.ipynb #fd6dfea5
 def make_accelerator(precision: str, cpu: bool) -> Accelerator:
     "An `Accelerator` of its own: what was prepared with another one is not in its checkpoints."
     settings = dict(mixed_precision="bf16" if precision == "bfloat16" else "no", cpu=cpu)
@@ -355,9 +357,15 @@ def accelerator_of(config: RunConfig, cpu: bool) -> Accelerator:
     model_path(config.teacher)   # the built-in teacher is converted while each process is alone: in company only the main one could write it
     return make_accelerator(resolve_precision(config.precision, torch.device("cpu" if cpu else "cuda")), cpu)
 
-def check_pair(config: RunConfig, tokenizer) -> None:
-    "Refuse a pair or a chunker that cannot work, from configuration files and tokenizers alone. Raises `ConfigError`."
+def check_tools(config: RunConfig) -> None:
+    "Refuse what needs a package or a program that is not here. Raises `ConfigError`."
     phrase_chunker(config.chunker)
+    if config.tracker != "none" and not getattr(accelerate.utils, f"is_{config.tracker}_available")():
+        raise ConfigError(f"tracker: {config.tracker} is not installed; allowed: none, or: pip install {config.tracker}")
+    if config.compile_student and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))): raise ConfigError("compile_student: there is no C++ compiler; allowed: False")
+
+def check_pair(config: RunConfig, tokenizer) -> None:
+    "Refuse a pair that cannot work, from configuration files and tokenizers alone. Raises `ConfigError`."
     tokens = max(config.max_tokens, config.max_prompt_tokens + config.max_new_tokens)
     cut = config.student == "truncate"
     check_sizes(config.teacher, "teacher", tokens, config.student_layers if cut else 0)
@@ -365,13 +373,14 @@ def check_pair(config: RunConfig, tokenizer) -> None:
         check_sizes(config.student, "student", tokens)
         check_tokenizers(load_tokenizer(config.student, "student"), tokenizer)
 
-# %% ../nbs/10_training.ipynb #d9cac33b
+# %% ../nbs/10_training.ipynb #ddf677cc
 def prepare(config: RunConfig, cpu: bool = False) -> Setup:
     "Load all that `config` names. Raises `ConfigError` or a data error before anything expensive."
     accelerator = accelerator_of(config, cpu)
     if accelerator.num_processes > config.batch_size:
         raise ConfigError(f"batch_size: {config.batch_size} sequences cannot be shared by {accelerator.num_processes} processes; allowed: at least one for each")
     tokenizer = load_tokenizer(config.teacher)
+    check_tools(config)
     check_pair(config, tokenizer)
     train, validation, eval_sets, report = load_data(config, tokenizer)
     teacher, teacher_key = tuned_teacher(config, tokenizer, train, accelerator)
@@ -458,7 +467,19 @@ class Clock:
         for name, start, end in spans: found[name] = found.get(name, 0.) + (start.elapsed_time(end) / 1000 if self.cuda else end - start)
         return found
 
-# %% ../nbs/10_training.ipynb #56eff4ad
+# %% ../nbs/10_training.ipynb #d98ecaea
+@contextlib.contextmanager
+def tracking(config: RunConfig, folder: Optional[Path]):
+    "Open the tracker that `tracker` names: what comes is a function that sends it a row of the log. Without one, or without a folder, the function does nothing."
+    if config.tracker == "none" or folder is None: yield lambda row: None; return
+    kind = LOGGER_TYPE_TO_CLASS[config.tracker]
+    tracker = kind("tensorboard", folder) if kind.requires_logging_directory else kind("mgsr_nb", name=run_name(config))
+    tracker.start()
+    tracker.store_init_configuration({k: v for k, v in config.model_dump(exclude={"data_dir", "runs_dir"}).items() if v is not None})
+    try: yield lambda row: tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+    finally: tracker.finish()
+
+# %% ../nbs/10_training.ipynb #cbcc97de
 class Trainer:
     "Trains `setup.student` as `setup.config` says. `folder`: where log and checkpoints go; None keeps all in memory."
     def __init__(self, setup: Setup, folder: Optional[Path] = None):
@@ -472,7 +493,7 @@ class Trainer:
         self.scorer = Scorer(setup.student, setup.teacher, setup.tokenizer.pad_token_id, setup.vocab, c.scrg_direction, c.scrg_teacher_token, c.chunk_tokens)
         self.revise = SCRG(self.scorer, sample, setup.stops, c.seed, c.max_new_tokens, c.scrg_corrections, make_detector(c)) if c.scrg else None
         objective = make_objective(c, setup.vocab).to(self.accelerator.device)
-        distiller = Distiller(setup.student, objective, setup.teacher, setup.vocab).train()
+        distiller = Distiller(setup.student, objective, setup.teacher, setup.vocab, c.compile_student).train()
         optimizer = make_optimizer(distiller, c.learning_rate, c.sub_learning_rate, c.weight_decay)
         self.distiller, self.optimizer = self.accelerator.prepare(distiller, optimizer)
         # not prepared: accelerate would advance it once per process, and its length is in optimiser updates
@@ -557,9 +578,9 @@ class Trainer:
         self.progress.step = step + 1
         return row
 
-    def validate(self) -> dict[str, float]:
-        "NLL and KL on the validation examples, in nats a token; the source hears of it (the off-policy threshold)."
-        found = self.setup.validated(self.setup.student)
+    def validate(self, known: Optional[dict] = None) -> dict[str, float]:
+        "NLL and KL on the validation examples, in nats a token, unless they are `known`; the source hears of it (the off-policy threshold)."
+        found = known or self.setup.validated(self.setup.student)
         self.source.validated(found["nll"])
         found = {"validation_nll": found["nll"], "validation_kl": found["kl"]}
         return found | ({"validation_rouge_l": self._rouge_l()} if self.config.select == "rouge_l" else {})
@@ -569,28 +590,31 @@ class Trainer:
         texts = answers(s.sampler(s.student), s.validation, s.tokenizer, c.eval_seed_list[0], c.max_new_tokens, c.eval_batch_size)
         return score_answers(texts, [e.example for e in s.validation])["rouge_l"]
 
-    def fit(self, on_step: Callable = lambda row: None) -> list[dict]:
-        "Train from the current step to `max_steps`; `on_step(row)` sees every row. The log, one row per `log_every` steps."
+    def fit(self, on_step: Callable = lambda row: None, start: Optional[dict] = None) -> list[dict]:
+        """Train from the current step to `max_steps`; `on_step(row)` sees every row. The log, one row per `log_every` steps.
+
+        `start`: what `Setup.validated` finds of the student before training, if it is known already."""
         c, p = self.config, self.progress
         if p.step == c.max_steps: return p.log      # a cell that is run twice
-        if p.step == 0 and not p.log: p.log.append({"step": 0, **self._validated()})
         bar = tqdm(total=c.max_steps, initial=p.step, desc="training", mininterval=5, disable=not self.accelerator.is_main_process)
-        while p.step < c.max_steps:
-            row = self.step()
-            due = lambda every: bool(every) and p.step % every == 0
-            if due(c.eval_every) or p.step == c.max_steps:
-                row |= self._validated()
-                self.keep_best(row)
-            if due(c.log_every) or "validation_nll" in row: p.log.append(row)
-            on_step(row); bar.update(); bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            if self.folder and self.accelerator.is_main_process: write_csv(self.folder/"log.csv", p.log)
-            if self.folder and due(c.checkpoint_every) and p.step < c.max_steps: self.save()
-        bar.close()
+        with bar, tracking(c, self.folder) as track:
+            def note(row): p.log.append(row); track(row)
+            if p.step == 0 and not p.log: note({"step": 0, **self._validated(start)})
+            while p.step < c.max_steps:
+                row = self.step()
+                due = lambda every: bool(every) and p.step % every == 0
+                if due(c.eval_every) or p.step == c.max_steps:
+                    row |= self._validated()
+                    self.keep_best(row)
+                if due(c.log_every) or "validation_nll" in row: note(row)
+                on_step(row); bar.update(); bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                if self.folder and self.accelerator.is_main_process: write_csv(self.folder/"log.csv", p.log)
+                if self.folder and due(c.checkpoint_every) and p.step < c.max_steps: self.save()
         self.restore_best()
         return p.log
 
-    def _validated(self) -> dict[str, float]:
-        found = self.validate()
+    def _validated(self, known: Optional[dict] = None) -> dict[str, float]:
+        found = self.validate(known)
         check_finite(self.progress.step, found, self.config.learning_rate)
         return found
 
@@ -724,7 +748,7 @@ def tidy(folder: Path) -> None:
     for name in ("checkpoints", "best"): shutil.rmtree(folder/name, ignore_errors=True)
     for part in folder.glob("*.part"): shutil.rmtree(part) if part.is_dir() else part.unlink()
 
-# %% ../nbs/10_training.ipynb #ea9a6577
+# %% ../nbs/10_training.ipynb #006d5d59
 @contextlib.contextmanager
 def speaking():
     "Print an error of one of several processes where it happens: their launcher may only tell of another one, which waited for it in vain."
@@ -748,7 +772,7 @@ def run(config: RunConfig, cpu: bool = False) -> dict:
     ready = time.perf_counter()
     trainer = Trainer(setup, folder)
     trainer.resume()
-    log = trainer.fit()
+    log = trainer.fit(start=start["validation"])
     trained = time.perf_counter()
     end = scores(setup, setup.student)
     metrics = write_results(setup, folder, start, teacher, end, log, {"preparation": ready - begin, "training": trained - ready, "evaluation": time.perf_counter() - trained})

@@ -53,3 +53,23 @@ def trainer(config, loaded):
         if dtype: found.distiller.to(dtype)
         return found
     return make
+
+# --- figures that a run of the tests shows at its end
+
+FIGURES = {"killed": "make test-slow", "two processes": "tests/test_processes.py", "bad configurations": "tests/test_hostile.py", "pinned run": "tests/test_pinned.py"}
+
+@pytest.fixture
+def figure(request):
+    "`figure(kind, text)`: what was measured, for the summary at the end; a kind is one of `FIGURES`."
+    def note(kind, text):
+        assert kind in FIGURES, kind
+        request.node.user_properties.append(("figure", (kind, text)))      # travels with the report, also from one of several test processes
+    return note
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [r for rs in terminalreporter.stats.values() for r in rs if getattr(r, "when", None) == "call"]
+    found = [tuple(value) for r in reports for name, value in r.user_properties if name == "figure"]
+    if not found: return
+    terminalreporter.section("figures")
+    for kind, where in FIGURES.items():
+        for text in [t for k, t in found if k == kind] or [f"not measured in this run ({where})"]: terminalreporter.write_line(f"{kind}: {text}")

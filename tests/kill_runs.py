@@ -34,8 +34,8 @@ def watch(counts: dict, seconds: dict, target=None):
 def remember_state(path: Path):
     "Save all that training ends with to `path`: weights, optimiser, schedule, source, log, random numbers."
     fit = T.Trainer.fit
-    def fitted(self, *args):
-        log = fit(self, *args)
+    def fitted(self, *args, **more):
+        log = fit(self, *args, **more)
         torch.save({"weights": self.distiller.state_dict(), "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "source": self.source.state_dict(),
                     "log": plain(log), "best": self.progress.best, "torch": torch.get_rng_state()}, path)
         return log

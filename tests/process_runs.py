@@ -38,8 +38,8 @@ def changed(seen: Watched, fail_at: int):
         examples, text, notes = draw(self, step)
         seen.lengths.append([len(y) for _, y in text.pairs] if isinstance(text, T.Distilled) else text)
         return examples, text, notes
-    def fitted(self, *args):
-        log = fit(self, *args)
+    def fitted(self, *args, **more):
+        log = fit(self, *args, **more)
         seen.weights = {n: p.detach().clone() for n, p in self.accelerator.unwrap_model(self.distiller).named_parameters()}
         return log
     T.prepare, T.Trainer.draw, T.Trainer.fit = stopping, drawn, fitted

@@ -79,7 +79,7 @@ print(json.dumps({{"refused": refused, "failures": failures, "named": len(named)
 '''
 
 @pytest.mark.pitfall(42)
-def test_pitfall_42_hundreds_of_bad_configurations_are_refused_by_name_before_anything_loads(tmp_path, capsys):
+def test_pitfall_42_hundreds_of_bad_configurations_are_refused_by_name_before_anything_loads(tmp_path, figure):
     "In a process where importing torch, or opening a file of data or weights, ends it."
     from pathlib import Path
     script = tmp_path/"fuzz.py"
@@ -87,7 +87,7 @@ def test_pitfall_42_hundreds_of_bad_configurations_are_refused_by_name_before_an
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     found = json.loads(ended.stdout)
-    with capsys.disabled(): print(f"\n{found['refused']} bad configurations refused by name, {len(found['failures'])} not")
+    figure("bad configurations", f"{found['refused']} of {found['refused'] + len(found['failures'])} refused by name before anything was loaded")
     assert found["failures"] == [] and found["refused"] >= 400 and found["named"] >= found["fields"]
 
 # --- data

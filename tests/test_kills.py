@@ -53,7 +53,7 @@ def moment(rng: random.Random, place: str, whole: dict, first: bool):
 
 @pytest.mark.pitfall(32)
 @pytest.mark.parametrize("method", METHODS)
-def test_pitfall_32_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path, method, capsys):
+def test_pitfall_32_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path, method, figure):
     rng, runs = random.Random(f"{SEED}/{method}"), Runs(tmp_path, method)
     assert runs.start("whole") == 0
     whole, expected = runs.found("whole"), runs.result("whole")
@@ -71,6 +71,6 @@ def test_pitfall_32_a_run_that_is_killed_again_and_again_ends_with_the_same_bits
         different = differences(runs.result(name), expected)
         assert not different, (died[len(died) - kills:], different[:5])
         survived, chain = survived + kills, chain + 1
-    with capsys.disabled():
-        print(f"\n{method}: {survived} kills of {len(died)} survived, in {chain} runs:", ", ".join(f"{place} {call} +{1000 * delay:.0f} ms" for place, call, delay in died))
+    moments = ", ".join(f"{place} {call} +{1000 * delay:.0f} ms" for place, call, delay in died)
+    figure("killed", f"{method}: {survived} kills of {len(died)} survived bit for bit, in {chain} runs ({moments})")
     assert survived == len(died) >= KILLS and len({place for place, *_ in died}) >= 4

@@ -69,6 +69,10 @@ def same(a, b, **tolerance):
     assert a.keys() == b.keys() and a
     for name in a: torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda m: f"{name}: {m}")
 
+def largest(a, b):
+    "(loss, weight): largest differences of the logs' losses, in parts of 1 or of a larger loss, and of the final weights."
+    return (max(abs(x[n] - y[n]) / max(1, abs(x[n])) for x, y in zip(a[0], b[0]) for n in LOSSES if x.get(n) is not None), max((x - b[1][n]).abs().max().item() for n, x in a[1].items()))
+
 LOSSES = ("loss", "sft", "dac", "span", "pg", "validation_nll", "validation_kl")
 
 def same_logs(a, b):
@@ -83,7 +87,9 @@ def same_logs(a, b):
 
 @pytest.mark.pitfall(36)
 @pytest.mark.parametrize("name", CASES)
-def test_pitfall_36_two_processes_make_the_numbers_of_one(one, two, name):
+def test_pitfall_36_two_processes_make_the_numbers_of_one(one, two, name, figure):
+    loss, weight = largest((one.log(name), one.weights(name)), (two.log(name), two.weights(name)))
+    figure("two processes", f"{name}: largest difference from one process {loss:.1e} in a loss, {weight:.1e} in a weight")
     assert [p.seen(name, 0)["processes"] for p in (one, two)] == [1, 2]
     same_logs(one.log(name), two.log(name))
     same(one.weights(name), two.weights(name), rtol=0, atol=1e-5)

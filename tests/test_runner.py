@@ -165,6 +165,28 @@ def test_a_cell_whose_source_failed_fails(project, monkeypatch):
     assert list(table.state) == ['failed', 'failed']
     assert 'early' in json.loads((project/'runs/chain+quickstart/late/seed0/error.json').read_text())['error']
 
+@pytest.mark.parametrize('make', [lambda f: json.loads((f/'nothing.json').read_text()), lambda f: {'learning_rate': -1.0}], ids=['raises', 'refused'])
+def test_a_cell_that_gets_no_parameters_fails_alone(project, monkeypatch, make):
+    monkeypatch.setitem(SUITES, 'chain', Suite({'late': After('early', make), 'early': {}, 'other': dict(dac_weight=.5)}, 'early', '?'))
+    table = ablate('chain', preset='quickstart', params=dict(max_steps=1), say=lambda text: None)
+    assert list(table.state) == ['failed', 'finished', 'finished']
+    record = json.loads((project/'runs/chain+quickstart/late/seed0/error.json').read_text())
+    assert record['error'].startswith('no parameters from early: ') and 'Traceback' in record['traceback']
+
+def test_a_run_that_another_suite_has_is_not_repeated(project, monkeypatch):
+    "Only the same configuration counts: another seed, another weight or an unfinished run is trained."
+    monkeypatch.setitem(SUITES, 'first', Suite({'all': {}}, 'all', '?'))
+    monkeypatch.setitem(SUITES, 'second', Suite({'same': {}, 'half': dict(dac_weight=.5)}, 'same', '?'))
+    settings = dict(preset='quickstart', params=dict(max_steps=1), say=lambda text: None)
+    ablate('first', seeds=1, **settings)
+    before = plan(jobs_of('second', (0, 1), 'quickstart', params=dict(max_steps=1)))
+    assert list(before.state) == ['elsewhere', 'missing', 'missing', 'missing']
+    assert list(ablate('second', seeds=2, **settings).state) == 4 * ['finished']
+    assert ran(project) == ['first+quickstart/all/seed0', 'second+quickstart/half/seed0', 'second+quickstart/same/seed1', 'second+quickstart/half/seed1']
+    taken = json.loads((project/'runs/second+quickstart/same/seed0/metrics.json').read_text())
+    assert taken['taken_from'] == 'first+quickstart/all/seed0' and taken['run_name'] == 'second+quickstart/same/seed0'
+    assert taken['student'] == json.loads((project/'runs/first+quickstart/all/seed0/metrics.json').read_text())['student']
+
 def test_time_left_and_steps_from_the_folders(project):
     job = jobs_of('loss_weights', preset='quickstart', params=dict(max_steps=3))[0]
     assert call('--cells', ';'.join(CELLS[:2])).returncode == 0

@@ -308,7 +308,7 @@ def test_a_run_with_a_chunker_that_is_missing_stops_before_a_model_loads(monkeyp
     def missing(name): raise ConfigError(f"chunker: {name} is not here")
     monkeypatch.setattr(training, "phrase_chunker", missing)
     monkeypatch.setattr(training, "load_model", lambda *a: pytest.fail("loaded a model"))
-    with pytest.raises(ConfigError, match="chunker: spacy is not here"): training.check_pair(resolve(chunker="spacy"), None)
+    with pytest.raises(ConfigError, match="chunker: spacy is not here"): training.check_tools(resolve(chunker="spacy"))
 
 def spacy_doc(words, pos, heads, deps):
     spacy = pytest.importorskip("spacy", reason="spaCy is not installed")

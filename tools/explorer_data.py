@@ -1,7 +1,8 @@
-"""Make nbs/explorer/data.json: what teacher and student say about the next token of a real text, small enough for a web page.
+"""Make nbs/explorer/data.json and phrase.json: what teacher and student say about the next tokens of a real text, small enough for a web page.
 
 The likeliest classes are kept one by one. The rest is grouped: neighbours in the teacher's order get their mean probability, and are then
 split by what the student thinks of them. So ranks and masses stay right, and the whole vocabulary fits a few kilobytes.
+Of a phrase, only the classes are kept that two neighbouring predictions share most.
 """
 import json
 from pathlib import Path
@@ -9,11 +10,13 @@ import torch
 from mgsr_nb.data import alpaca_prompt, collate
 from mgsr_nb.divergences import forward_kl, log_probs
 from mgsr_nb.models import BUILTIN, block_influence, choose_layers, head_logits, hidden_states, load_model, load_tokenizer, truncate
+from mgsr_nb.span import SpanFinder, span_distance
 
 OUT = Path(__file__).resolve().parents[1]/'nbs'/'explorer'/'data.json'
 INSTRUCTION = 'What is the capital of France, and what is it known for?'
 RESPONSE = 'The capital of France is Paris. It is known for its art, its food and the Eiffel Tower.'
 LAYERS = 24                                    # of the teacher's 30, as in the quickstart
+SHARED = 8                                     # classes of a phrase, for each pair of neighbours
 SINGLE, GROWTH, SPLIT = 60, 1.04, 3            # classes one by one; how fast groups grow with the rank; how often each is split
 
 def grouped(p, q):
@@ -34,6 +37,16 @@ def expanded(position):
     n = torch.tensor(position['n'])
     p, q = (torch.tensor(position[k], dtype=torch.float64).repeat_interleave(n) for k in 'pq')
     return p / p.sum(), q / q.sum()
+
+def phrase(tokenizer, response, log_q, log_p):
+    "The longest phrase of the response: its tokens, the classes that its neighbours share most, (n, C) probabilities of both models there, and Eq. 9 over all classes."
+    first, stop = max(SpanFinder(tokenizer)(response), key=lambda s: s[1] - s[0])
+    log_q, log_p = log_q[first:stop], log_p[first:stop]
+    product = torch.maximum(log_q[:-1] + log_q[1:], log_p[:-1] + log_p[1:])
+    classes = product.topk(SHARED, -1).indices.unique()
+    rows = lambda x: [[float(f'{v:.4g}') for v in row] for row in x[:, classes].exp().tolist()]
+    return {'text': tokenizer.decode(response[:first]), 'tokens': [tokenizer.decode([i]) for i in response[first:stop]], 'classes': [tokenizer.decode([i]) for i in classes.tolist()],
+            'p': rows(log_p), 'q': rows(log_q), 'distance': [float(f'{v:.4g}') for v in span_distance(log_q, log_p).tolist()]}
 
 @torch.no_grad()
 def main():
@@ -57,6 +70,8 @@ def main():
         print(f"{name}: {text[-30:]!r}, next {positions[-1]['words'][:4]}, entropy {entropy[i]:.2f}, KL {forward_kl(logits_q[i], logits_p[i]):.4f}, grouped {(a * (a / b).log()).sum():.4f}")
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps({'teacher': 'SmolLM2-135M-Instruct', 'student': f'the same without {30 - LAYERS} of its 30 layers, not trained yet', 'positions': positions}, separators=(',', ':')), encoding='utf-8')
-    print(OUT.stat().st_size, 'bytes')
+    found = phrase(tokenizer, response, log_probs(logits_q), log_probs(logits_p))
+    OUT.with_name('phrase.json').write_text(json.dumps(found, separators=(',', ':')), encoding='utf-8')
+    print(OUT.stat().st_size, 'bytes;', repr(''.join(found['tokens'])), found['distance'], OUT.with_name('phrase.json').stat().st_size, 'bytes')
 
 if __name__ == '__main__': main()
