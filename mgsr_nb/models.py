@@ -106,7 +106,7 @@ def load_model(name: str = BUILTIN, parameter: str = "teacher"):
     with _explained(name, parameter):
         return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=torch.float32, use_safetensors=True).eval()
 
-# %% ../nbs/02_models.ipynb #88196fa9
+# %% ../nbs/02_models.ipynb #8e89a79c
 def base_model(model: nn.Module) -> nn.Module:
     "The `transformers` model inside LoRA's wrapper, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -122,7 +122,8 @@ def head(model: nn.Module) -> nn.Module:
 
 def hidden_states(model: nn.Module, batch: Batch, compiled: Optional[Callable] = None) -> torch.Tensor:
     "Last hidden states (B, T, H) of `batch`; row t is what the head turns into the prediction of token t + 1. `compiled`: what to call for the model's decoder."
-    return (compiled or decoder(model))(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False)[0]
+    run = decoder(model) if compiled is None else compiled
+    return run(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False)[0]
 
 def head_logits(model: nn.Module, hidden: torch.Tensor, vocab: int) -> torch.Tensor:
     "Logits (..., vocab) of hidden states (..., H): the ids that teacher and student share."

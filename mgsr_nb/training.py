@@ -342,7 +342,7 @@ def teacher_responses(setup: Setup) -> list[Encoded]:
     found = dict(zip(visited, texts))
     return [dataclasses.replace(e, response_ids=found[i]) if i in found else e for i, e in enumerate(setup.train)]
 
-# %% ../nbs/10_training.ipynb #fd6dfea5
+# %% ../nbs/10_training.ipynb #5c7d2a2c
 def make_accelerator(precision: str, cpu: bool) -> Accelerator:
     "An `Accelerator` of its own: what was prepared with another one is not in its checkpoints."
     settings = dict(mixed_precision="bf16" if precision == "bfloat16" else "no", cpu=cpu)
@@ -360,7 +360,7 @@ def accelerator_of(config: RunConfig, cpu: bool) -> Accelerator:
 def check_tools(config: RunConfig) -> None:
     "Refuse what needs a package or a program that is not here. Raises `ConfigError`."
     phrase_chunker(config.chunker)
-    if config.tracker != "none" and not getattr(accelerate.utils, f"is_{config.tracker}_available")():
+    if config.tracker != "none" and not getattr(accelerate.utils, f"is_{config.tracker}_available", lambda: False)():
         raise ConfigError(f"tracker: {config.tracker} is not installed; allowed: none, or: pip install {config.tracker}")
     if config.compile_student and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))): raise ConfigError("compile_student: there is no C++ compiler; allowed: False")
 

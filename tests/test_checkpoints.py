@@ -127,7 +127,7 @@ def test_nan_is_never_the_best(start, metric):
 @pytest.mark.parametrize("at,value", [(0, math.nan), (2, math.nan), (4, math.inf)])
 def test_a_validation_that_is_no_number_ends_the_run_with_its_step_and_keeps_the_last_checkpoint(start, at, value):
     t = start(select="kl", eval_every=2)
-    t.validate = lambda: {"validation_nll": 1., "validation_kl": value if t.progress.step == at else 1.}
+    t.validate = lambda known=None: {"validation_nll": 1., "validation_kl": value if t.progress.step == at else 1.}
     with pytest.raises(TrainingError, match=f"^step {at}: validation_kl not finite.*learning_rate"): t.fit()
     assert not finished(t.folder) and start(select="kl", eval_every=2).resume() == max(at - 1, 0)
 

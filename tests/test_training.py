@@ -531,3 +531,52 @@ def test_another_precision_in_the_same_session(config):
     finally:
         from accelerate.state import AcceleratorState
         AcceleratorState._reset_state(True)
+
+# --- what is known, watched, compiled
+
+def test_a_known_start_is_not_validated_again(config, tmp_path, monkeypatch):
+    setup = prepare(config(max_steps=2), cpu=True)
+    monkeypatch.setattr(setup, "validated", lambda model: calls.append(model) or {"nll": 5., "kl": 6.})
+    calls = []
+    rows = Trainer(setup).fit(start={"nll": 3., "kl": 4., "tokens": 7})
+    assert (rows[0]["validation_nll"], rows[0]["validation_kl"]) == (3., 4.) and len(calls) == 1 and rows[-1]["validation_nll"] == 5.
+    calls.clear()
+    assert Trainer(setup).fit()[0]["validation_nll"] == 5. and len(calls) == 2
+
+@pytest.mark.parametrize("ends", [True, False], ids=["whole", "interrupted"])
+def test_a_tracker_hears_every_row_of_the_log(config, monkeypatch, ends):
+    heard = []
+    class Tracker:
+        requires_logging_directory = True
+        def __init__(self, name, folder): heard.append((name, folder))
+        def start(self): heard.append("start")
+        def store_init_configuration(self, values): heard.append(values)
+        def log(self, values, step): heard.append((step, values))
+        def finish(self): heard.append("finish")
+    monkeypatch.setitem(T.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
+    monkeypatch.setattr(T.accelerate.utils, "is_tensorboard_available", lambda: True)
+    c = config(tracker="tensorboard", max_steps=3)
+    t = Trainer(prepare(c, cpu=True), open_run(c))
+    with contextlib.nullcontext() if ends else pytest.raises(Interrupted): t.fit(*[] if ends else [interrupt_at(2)])
+    (name, folder), start, values, *rows, finish = heard
+    assert (name, folder, start, finish) == ("tensorboard", t.folder, "start", "finish")
+    assert values["dac_weight"] == 1.0 and "data_dir" not in values and None not in values.values()
+    assert rows == [(r["step"], {k: v for k, v in r.items() if k != "step"}) for r in t.progress.log] and [s for s, _ in rows] == ([0, 1, 2, 3] if ends else [0, 1, 2])
+
+@pytest.mark.parametrize("missing", [dict(tracker="wandb"), dict(compile_student=True)], ids=lambda m: next(iter(m)))
+def test_a_missing_tool_is_said_before_a_model_loads(config, monkeypatch, missing):
+    monkeypatch.setattr(T.accelerate.utils, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(T.shutil, "which", lambda name: None)
+    monkeypatch.setattr(T, "load_model", lambda *a: pytest.fail("loaded a model"))
+    with pytest.raises(ConfigError, match=f"^{next(iter(missing))}: .*allowed: "): prepare(config(**missing), cpu=True)
+
+def test_a_tracker_changes_neither_the_run_nor_its_name():
+    assert resolve(tracker="wandb").digest == resolve().digest and resolve(compile_student=True).digest != resolve().digest
+
+@pytest.mark.slow
+def test_a_compiled_student_makes_the_same_numbers(config):
+    "A minute for the compiler."
+    rows = [Trainer(prepare(config("llama", compile_student=compiled, max_steps=3), cpu=True)).fit() for compiled in (False, True)]
+    for a, b in zip(*rows, strict=True):
+        for name in ("loss", "sft", "dac", "span", "grad_norm", "validation_nll"):
+            assert (name in a) == (name in b) and (name not in a or a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)), name

@@ -316,7 +316,7 @@ KEEP = dict(max_steps=6, eval_every=1, learning_rate=0.01, warmup_steps=0, metho
 
 def scripted(t):
     "The trainer, with validations from the table."
-    t.validate = lambda: {f"validation_{name}": float(values[t.progress.step]) for name, values in SCRIPT.items()}
+    t.validate = lambda known=None: {f"validation_{name}": float(values[t.progress.step]) for name, values in SCRIPT.items()}
     return t
 
 def trained(model): return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -392,7 +392,7 @@ def test_old_files_of_the_best_go_and_those_that_a_checkpoint_needs_stay(config)
     "With validations that get better at every step, one file a step would stay."
     c = config(select="nll", run_name="x", checkpoint_every=2, **{**KEEP, "max_steps": 9})
     t = Trainer(prepare(c, cpu=True), open_run(c))
-    t.validate = lambda: {"validation_nll": -float(t.progress.step), "validation_kl": 0.0}
+    t.validate = lambda known=None: {"validation_nll": -float(t.progress.step), "validation_kl": 0.0}
     seen = {}
     t.fit(lambda row: seen.update({row["step"]: sorted(int(p.stem.removeprefix("step-")) for p in (t.folder/"best").iterdir())}))
     # `on_step` comes before the step's checkpoint. After the checkpoint of 8 those of 6 and 8 are there, and an interruption can go back to either
@@ -408,7 +408,7 @@ def test_old_files_of_the_best_go_and_those_that_a_checkpoint_needs_stay(config)
 def test_without_checkpoints_only_the_newest_best_stays(config):
     c = config(select="nll", run_name="x", **KEEP)
     t = Trainer(prepare(c, cpu=True), open_run(c))
-    t.validate = lambda: {"validation_nll": -float(t.progress.step), "validation_kl": 0.0}
+    t.validate = lambda known=None: {"validation_nll": -float(t.progress.step), "validation_kl": 0.0}
     t.fit(interrupt_at(9))
     assert [p.name for p in (t.folder/"best").iterdir()] == ["step-000006.safetensors"]
 
