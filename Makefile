@@ -1,6 +1,8 @@
 # make quickstart   environment, everything installed, and one distillation run with the default preset
 # make test         environment, everything installed, and every test but the slow campaigns
 # make test-slow    those: runs that are killed again and again
+# make test-oldest  a part of the tests with the oldest versions that settings.ini allows, in an environment of its own
+# make audit        known vulnerabilities of what is installed; fails, and says so, where no advisory service can be reached
 # A second call skips the installation: the stamp file depends on the files that decide what is installed.
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -23,12 +25,17 @@ VENV2 := .venv-nbdev2
 STAMP2 := $(VENV2)/.installed
 NBDEV2 := 'nbdev==2.4.14' 'execnb<0.2' 'fastcore<2' 'ghapi<2'
 
+# the oldest versions that settings.ini states; with the CUDA build of torch that pip takes on Linux it is 6 GB
+VENV_OLDEST := .venv-oldest
+STAMP_OLDEST := $(VENV_OLDEST)/.installed
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,pinned config data models divergences dac_kl span objective sampling scrg minillm evaluation training checkpoints))
+
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test test-slow export readme docs nbdev2-check performance report gpu-check clean
+.PHONY: help install quickstart test test-slow test-oldest audit export readme docs nbdev2-check performance report gpu-check clean
 help:
-	@echo "make quickstart | test | test-slow | install | export | readme | docs | nbdev2-check | performance | report | gpu-check | clean"
+	@echo "make quickstart | test | test-slow | test-oldest | audit | install | export | readme | docs | nbdev2-check | performance | report | gpu-check | clean"
 
 install: $(STAMP)
 $(STAMP): $(INSTALL_FILES)
@@ -55,6 +62,21 @@ test-slow: export HF_HUB_OFFLINE := 1
 test-slow: export TOKENIZERS_PARALLELISM := false
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -q $(PYTEST_ARGS)
+
+$(STAMP_OLDEST): settings.ini setup.py tools/oldest.py
+	rm -rf $(VENV_OLDEST)
+	$(PYTHON) -m venv $(VENV_OLDEST)
+	$(PYTHON) tools/oldest.py dev > $(VENV_OLDEST)/oldest.txt
+	$(VENV_OLDEST)/bin/python -m pip install --quiet -r $(VENV_OLDEST)/oldest.txt
+	touch $@
+test-oldest: export HF_HUB_OFFLINE := 1
+test-oldest: export TOKENIZERS_PARALLELISM := false
+test-oldest: export PYTHONPATH := $(CURDIR)
+test-oldest: $(STAMP_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pytest -q -p no:cacheprovider $(PYTEST_ARGS) $(OLDEST_TESTS)
+
+audit: $(STAMP)
+	$(BIN)/python tools/audit.py
 
 export: $(STAMP)
 	$(BIN)/nbdev-export
@@ -94,5 +116,5 @@ gpu-check: $(STAMP)
 	$(BIN)/python tools/gpu_check.py --quickstart --performance
 
 clean:
-	rm -rf $(VENV) $(VENV2) build dist *.egg-info _docs _proc .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV2) $(VENV_OLDEST) build dist *.egg-info _docs _proc .pytest_cache .hypothesis
 	find mgsr_nb nbs tests tools \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

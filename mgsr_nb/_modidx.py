@@ -565,6 +565,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mgsr_nb.training.accelerator_of': ('training.html#accelerator_of', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.by_length': ('training.html#by_length', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.check_finite': ('training.html#check_finite', 'mgsr_nb/training.py'),
+                                  'mgsr_nb.training.check_launcher': ('training.html#check_launcher', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.check_pair': ('training.html#check_pair', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.check_tools': ('training.html#check_tools', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.correction_gains': ('training.html#correction_gains', 'mgsr_nb/training.py'),

@@ -25,7 +25,7 @@ ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite"
 def _number(default, meaning, **bounds): return Field(default, description=meaning, allow_inf_nan=False, **bounds)
 def _choice(default, meaning): return Field(default, description=meaning)
 
-# %% ../nbs/00_config.ipynb #f181aeb7
+# %% ../nbs/00_config.ipynb #d70fc26d
 class RunConfig(BaseModel):
     """All parameters of one run, validated and immutable; the defaults are the `quickstart` preset.
 
@@ -76,7 +76,7 @@ class RunConfig(BaseModel):
     clip: Literal["learned", "fixed_quantile", "fixed_percentile", "top_fraction", "none"] = _choice("learned", "what decides which classes DAC-KL keeps")
     clip_upper: Optional[float] = _number(None, "upper limit u (learned: its start); None: 0.95, for fixed_percentile 0.90", ge=0, le=1)
     clip_lower: Optional[float] = _number(None, "lower limit l (learned: its start); None: 0.05, for fixed_percentile 0.10", ge=0, le=1)
-    clip_reading: Literal["value", "rank", "mass"] = _choice("value", "what u and l are compared with: probability, share of classes, share of mass")
+    clip_reading: Literal["value", "rank", "mass"] = _choice("value", "what u and l are compared with: probability, share of classes, share of mass (notebook 04)")
     clip_fraction: float = _number(0.05, "share of classes kept by clip top_fraction", gt=0, le=1)
     mask_temperature: float = _number(0.01, "softness of the mask, on the scale of the reading; 0: hard (a learned clip then gets no gradient)", ge=0)
     target_class: Literal["once", "twice", "none"] = _choice("once", "the teacher's best class: kept once, appended as printed, left out")

@@ -239,10 +239,10 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
-# %% ../nbs/02_models.ipynb #b00bd310
+# %% ../nbs/02_models.ipynb #c6e59d9c
 def resolve_precision(precision: str, device: torch.device) -> str:
     "`float32` or `bfloat16` for `auto` on `device`; a choice made by name is kept."
     if precision != "auto": return precision
     if device.type == "cuda": return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"

@@ -6,10 +6,10 @@
 __all__ = ['STATES_LIMIT', 'make_clip', 'make_objective', 'make_source', 'make_detector', 'Distiller', 'correction_gains',
            'Distilled', 'Micro', 'by_length', 'micro_batches', 'make_optimizer', 'schedule_factor', 'fine_tune',
            'made_once', 'text_digest', 'model_key', 'Setup', 'tokenised', 'load_data', 'tuned', 'tuned_teacher',
-           'make_student', 'teacher_responses', 'make_accelerator', 'accelerator_of', 'check_tools', 'check_pair',
-           'prepare', 'precision_of', 'Progress', 'TrainingError', 'check_finite', 'file_digests', 'damage', 'Clock',
-           'tracking', 'Trainer', 'teacher_states', 'scores', 'machine', 'write_results', 'tidy', 'speaking', 'run',
-           'metrics_table', 'learned_limits']
+           'make_student', 'teacher_responses', 'make_accelerator', 'check_launcher', 'accelerator_of', 'check_tools',
+           'check_pair', 'prepare', 'precision_of', 'Progress', 'TrainingError', 'check_finite', 'file_digests',
+           'damage', 'Clock', 'tracking', 'Trainer', 'teacher_states', 'scores', 'machine', 'write_results', 'tidy',
+           'speaking', 'run', 'metrics_table', 'learned_limits']
 
 # %% ../nbs/10_training.ipynb #4c33aa5b
 import contextlib, dataclasses, hashlib, json, logging, math, os, platform, shutil, time, traceback, warnings
@@ -342,7 +342,7 @@ def teacher_responses(setup: Setup) -> list[Encoded]:
     found = dict(zip(visited, texts))
     return [dataclasses.replace(e, response_ids=found[i]) if i in found else e for i, e in enumerate(setup.train)]
 
-# %% ../nbs/10_training.ipynb #5c7d2a2c
+# %% ../nbs/10_training.ipynb #3d30b9f7
 def make_accelerator(precision: str, cpu: bool) -> Accelerator:
     "An `Accelerator` of its own: what was prepared with another one is not in its checkpoints."
     settings = dict(mixed_precision="bf16" if precision == "bfloat16" else "no", cpu=cpu)
@@ -351,8 +351,19 @@ def make_accelerator(precision: str, cpu: bool) -> Accelerator:
         AcceleratorState._reset_state()
         return Accelerator(**settings)
 
+def check_launcher(config: RunConfig) -> None:
+    "Refuse launchers that split the student's weights, which sampling and evaluation read whole. Raises `ConfigError`."
+    on = lambda name: os.environ.get(name, "false").lower() in ("true", "1")
+    if on("ACCELERATE_USE_FSDP"): raise ConfigError("accelerate: FSDP splits the student's weights, which sampling, SCRG and evaluation read whole; allowed: tools/launch/ddp.yaml")
+    if not on("ACCELERATE_USE_DEEPSPEED"): return
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    stage = json.loads(Path(file).read_text())["zero_optimization"]["stage"] if file else int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+    if stage > 2: raise ConfigError("accelerate: ZeRO 3 splits the student's weights, which sampling, SCRG and evaluation read whole; allowed: ZeRO 1 or 2")
+    if config.micro_batch_size: raise ConfigError("micro_batch_size: DeepSpeed steps at every backward pass; allowed with it: 0")
+
 def accelerator_of(config: RunConfig, cpu: bool) -> Accelerator:
     "The accelerator of a run; from here on there are several processes, if several were started."
+    check_launcher(config)
     cpu = cpu or not torch.cuda.is_available()
     model_path(config.teacher)   # the built-in teacher is converted while each process is alone: in company only the main one could write it
     return make_accelerator(resolve_precision(config.precision, torch.device("cpu" if cpu else "cuda")), cpu)

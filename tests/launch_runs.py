@@ -28,6 +28,7 @@ def two_steps(setup) -> dict:
 def main(folder: str):
     torch.set_num_threads(1)
     folder = Path(folder)
+    del os.environ["ACCELERATE_USE_FSDP"]       # which the library refuses, for what this shows
     setup = T.prepare(resolve(json.loads((folder/"parameters.json").read_text())), cpu=True)
     found, make = {"ddp": two_steps(setup)}, T.make_accelerator
     T.make_accelerator = lambda *args: sharded(make(*args))

@@ -6,7 +6,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, PrecisionType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from mgsr_nb.config import RunConfig
+from mgsr_nb import training
+from mgsr_nb.config import ConfigError, RunConfig, resolve
 from tiny_runs import save_pair, tiny_parameters
 
 TESTS = Path(__file__).resolve().parent
@@ -91,3 +92,17 @@ def test_an_update_by_fsdp_is_that_of_ddp_and_what_is_outside_of_it_cannot_be_do
         assert (ddp["type"], fsdp["type"], ddp["split"]) == ("DistributedType.MULTI_CPU", "DistributedType.FSDP", 0) and fsdp["split"] > 20
         for a, b in zip(ddp["rows"], fsdp["rows"], strict=True): assert a == pytest.approx(b, rel=1e-5)
         assert "validation_nll" in ddp["validation"] and "mixed torch.Tensor and DTensor" in fsdp["validation"]
+
+@pytest.mark.parametrize("env,more,said", [
+    (dict(ACCELERATE_USE_FSDP="true"), {}, "^accelerate: FSDP .* allowed: "), (dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3"), {}, "^accelerate: ZeRO 3 .* allowed: "),
+    (dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(FOLDER/"zero2.json")), dict(micro_batch_size=2), "^micro_batch_size: "),
+], ids=["fsdp", "zero3", "micro"])
+def test_a_launcher_that_splits_the_student_is_refused_before_anything_loads(env, more, said, monkeypatch):
+    for key, value in env.items(): monkeypatch.setenv(key, value)
+    monkeypatch.setattr(training, "model_path", lambda name: pytest.fail("looked for a model"))
+    with pytest.raises(ConfigError, match=said): training.prepare(resolve(**more), cpu=True)
+
+def test_zero_2_and_ddp_are_not_refused(monkeypatch):
+    training.check_launcher(resolve(micro_batch_size=2))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true"); monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(FOLDER/"zero2.json"))
+    training.check_launcher(resolve())
