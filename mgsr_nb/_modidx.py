@@ -336,6 +336,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mgsr_nb.report._what_is_missing': ('statistics.html#_what_is_missing', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.best_cell': ('statistics.html#best_cell', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.better_by': ('statistics.html#better_by', 'mgsr_nb/report.py'),
+                                'mgsr_nb.report.by_one_teacher': ('statistics.html#by_one_teacher', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.claim_table': ('statistics.html#claim_table', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.claims_sentence': ('statistics.html#claims_sentence', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.clipping_answer': ('statistics.html#clipping_answer', 'mgsr_nb/report.py'),

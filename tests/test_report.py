@@ -159,6 +159,19 @@ def test_runs_on_other_prompts_are_named_and_left_out(tmp_path):
     assert {(r.cell, r.seed): r.usable for r in found.runs} == {('phrases', 0): False, ('phrases', 1): True, ('none', 0): True}
     assert 'other prompts' in suite_markdown(found, 'spans')
 
+def test_runs_with_another_teacher_are_named_and_left_out(tmp_path):
+    "Tuned again it is another one; a cell that asks for another teacher is no mistake."
+    def add_with(nll, *where, **config):
+        done = write_toy_run(tmp_path, 'spans', *where, two_sets(), config=config)/'metrics.json'
+        metrics = json.loads(done.read_text())
+        metrics['teacher']['average']['nll'] = nll
+        done.write_text(json.dumps(metrics))
+    for seed, nll in enumerate((2.0, 2.0004, 2.1)): add_with(nll, 'none', seed)
+    add_with(1.5, 'phrases', 0, teacher='larger')
+    found = read_results(tmp_path, SUITES)
+    assert {(r.cell, r.seed): r.usable for r in found.runs} == {('none', 0): True, ('none', 1): True, ('none', 2): False, ('phrases', 0): True}
+    assert 'its teacher is not that of most' in suite_markdown(found, 'spans')
+
 @pytest.mark.parametrize('metric', METRICS)
 def test_different_prompts_are_never_compared(tmp_path, metric):
     changed = two_sets()
