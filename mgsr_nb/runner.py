@@ -120,19 +120,20 @@ def record_failure(folder: Path, params: dict, error: str, trace: str) -> str:
     write_json(folder/"error.json", {"error": plain(error), "traceback": plain(trace), "params": params})
     return "failed"
 
-# %% ../nbs/11b_runner.ipynb #6527ae4b
+# %% ../nbs/11b_runner.ipynb #2e188154
 def finished_runs(root: Path, seed: int | str = "*") -> dict[str, Path]:
     "The finished runs of all suites in `root`, with one seed or all, by digest."
     return {recorded_digest(done.parent): done.parent for done in sorted(root.glob(f"*/*/seed{seed}/metrics.json"), reverse=True)}
 
 def take_over(config: RunConfig) -> bool:
     "Whether this run is finished under another name, and its results are copied now; metrics.json last."
-    source, folder = finished_runs(runs_root(config.runs_dir), config.seed).get(config.digest), run_folder(config)
+    root, folder = runs_root(config.runs_dir), run_folder(config)
+    source = finished_runs(root, config.seed).get(config.digest)
     if source is None or config.save_student: return False
     for name in ("log.csv", "samples.jsonl"):
         if (source/name).is_file(): write_atomic(folder/name, (source/name).read_text())
     metrics = json.loads((source/"metrics.json").read_text())
-    name, first = run_name(config), source.relative_to(runs_root(config.runs_dir)).as_posix()
+    name, first = run_name(config), source.relative_to(root).as_posix()
     write_json(folder/"metrics.json", {"taken_from": first, **metrics, "run_name": name, "config": {**metrics.get("config", {}), "run_name": name}})
     return True
 
@@ -274,10 +275,10 @@ class Sweep:
         self.states[job.name] = found
         self.report(job, found, seconds)
 
-# %% ../nbs/11b_runner.ipynb #5be08dff
+# %% ../nbs/11b_runner.ipynb #e4c48d17
 def plan(jobs: Sequence[Job]) -> pd.DataFrame:
     "Of each job its state, steps done, and seconds, which for finished ones are those of training and evaluation."
-    rows, there = [], finished_runs(jobs[0].folder.parent.parent.parent) if jobs else {}
+    rows, there = [], finished_runs(runs_root(resolve(jobs[0].params).runs_dir)) if jobs else {}
     for job in jobs:
         now, metrics, log = state(job), job.folder/"metrics.json", job.folder/"log.csv"
         if now == "missing" and job.after is None and resolve(job.params).digest in there: now = "elsewhere"
