@@ -1,5 +1,5 @@
 """One of several processes: `accelerate launch process_runs.py FOLDER` runs the cases of FOLDER/cases.json and leaves there what each process saw; `process_runs.py FOLDER PORT` runs them from the notebook launcher."""
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
 import torch
 from accelerate import notebook_launcher
@@ -26,15 +26,17 @@ class Watched:
         save_file(self.weights, folder/f"{name}-{rank()}.safetensors")
         (folder/f"{name}-{rank()}.json").write_text(json.dumps({"lengths": self.lengths, "written": self.written, **more}))
 
-def changed(seen: Watched, fail_at: int):
-    "Samples stop early, and `seen` sees them; at step `fail_at` (from 1) process 1 raises."
+def changed(seen: Watched, fail_at: int, killed: bool):
+    "Samples stop early, and `seen` sees them; at step `fail_at` (from 1) process 1 raises, or is killed."
     prepare, draw, fit = T.prepare, T.Trainer.draw, T.Trainer.fit
     def stopping(*args):
         setup = prepare(*args)
         many_stops(setup)
         return setup
     def drawn(self, step):
-        if rank() == 1 and step + 1 == fail_at: raise ValueError(f"process {rank()} has lost its marbles")
+        if rank() == 1 and step + 1 == fail_at:
+            if killed: os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError(f"process {rank()} has lost its marbles")
         examples, text, notes = draw(self, step)
         seen.lengths.append([len(y) for _, y in text.pairs] if isinstance(text, T.Distilled) else text)
         return examples, text, notes
@@ -48,7 +50,7 @@ def main(folder: str, port: str = ""):
     torch.set_num_threads(1)
     folder = Path(folder)
     wanted = json.loads((folder/"cases.json").read_text())
-    changed(seen := Watched(folder/"runs"), wanted["fail_at"])
+    changed(seen := Watched(folder/"runs"), wanted["fail_at"], wanted["killed"])
     for name, parameters in wanted["cases"].items():
         config = resolve(parameters, run_name=name)
         if port: notebook_launcher(T.run, (config, True), num_processes=2, use_port=port)

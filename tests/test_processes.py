@@ -23,14 +23,14 @@ def free_port():
 
 class Place:
     "A folder with cases to run, and a cache of its own: whatever is made once is made by these processes."
-    def __init__(self, folder, teacher, names, fail_at=0):
+    def __init__(self, folder, teacher, names, fail_at=0, killed=False):
         self.folder, self.teacher, self.names = folder, teacher, names
         folder.mkdir()
-        self.write(fail_at)
+        self.write(fail_at, killed)
 
-    def write(self, fail_at):
+    def write(self, fail_at, killed=False):
         parameters = {name: tiny_parameters(self.folder/"runs", self.teacher, **COMMON, **CASES[name]) for name in self.names}
-        (self.folder/"cases.json").write_text(json.dumps({"fail_at": fail_at, "cases": parameters}))
+        (self.folder/"cases.json").write_text(json.dumps({"fail_at": fail_at, "killed": killed, "cases": parameters}))
 
     def start(self, *command):
         env = {**os.environ, "MGSR_CACHE": str(self.folder/"cache"), "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1"}
@@ -129,3 +129,16 @@ def test_pitfall_36_an_error_of_one_process_ends_all_with_its_words_and_the_run_
     assert json.loads((place.folder/"runs/on_policy/metrics.json").read_text())["machine"]["processes"] == 2
     same_logs(one.log("on_policy"), place.log("on_policy"))
     same(one.student("on_policy"), place.student("on_policy"), rtol=0, atol=1e-5)
+
+@pytest.mark.pitfall(32, 36)
+@pytest.mark.parametrize("name", ["on_policy", "off_policy"])
+def test_pitfall_36_a_killed_process_ends_all_and_the_run_goes_on(one, tmp_path, teacher, name):
+    "SIGKILL for process 1 at step 4: the launcher ends the other one too, and the run ends as one process did."
+    place = Place(tmp_path/"x", teacher, [name], fail_at=4, killed=True)
+    failed = place.launched()
+    assert failed.returncode != 0 and "SIGKILL" in failed.stderr, failed.stderr[-2000:]
+    assert not (place.folder/"runs"/name/"metrics.json").exists()
+    place.write(fail_at=0)
+    done(place.launched())
+    same_logs(one.log(name), place.log(name))
+    same(one.student(name), place.student(name), rtol=0, atol=1e-5)
