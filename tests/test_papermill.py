@@ -212,9 +212,12 @@ def test_pitfall_46_a_run_that_papermill_cuts_off_is_not_finished_and_goes_on(pr
     (startup/"00.py").write_text("import mgsr_nb.training, pandas, matplotlib.pyplot")
     more = dict(max_steps=1_000_000, checkpoint_every=1, log_every=1000, run_name="cut", seed=4)
     (project.root/"runs"/"cut").mkdir(parents=True)
-    try: done = command(project, "papermill", "nbs/train.ipynb", "runs/cut/train.ipynb", "--no-progress-bar", "--execution-timeout", "8", *flags(project.parameters | more))
-    finally: (startup/"00.py").unlink()
     folder = project.root/"runs"/"cut"
+    try:
+        for _ in range(5):      # eight seconds may be over before the first checkpoint on a machine that is busy
+            done = command(project, "papermill", "nbs/train.ipynb", "runs/cut/train.ipynb", "--no-progress-bar", "--execution-timeout", "8", *flags(project.parameters | more))
+            if list(folder.glob("checkpoints/*/digests.json")): break
+    finally: (startup/"00.py").unlink()
     assert done.returncode not in (0, None) and "CellTimeoutError" in done.stderr
     assert not finished(folder) and not (folder/"samples.jsonl").exists() and (folder/"config.json").exists()
     monkeypatch.setenv("MGSR_CACHE", project.env["MGSR_CACHE"])
