@@ -13,9 +13,9 @@ from mgsr_nb.config import finished, from_notebook, open_run, write_json
 config = from_notebook(In, globals())
 folder = open_run(config)
 if not finished(folder):
+    held = Path("hold").exists() and Path("hold").read_text() in config.run_name
     with open("ran.txt", "a") as f: f.write(f"{config.run_name} {os.environ['OMP_NUM_THREADS']}\\n")
-    time.sleep(config.max_steps / 10)
-    if Path("hold").exists() and Path("hold").read_text() in config.run_name: time.sleep(100)
+    time.sleep(100 if held else config.max_steps / 10)
     if config.weight_decay == 0.5 and config.dac_weight == 0: raise ValueError("this cell must fail")
     if config.weight_decay == 0.25 and config.dac_weight == 0: os._exit(3)
     numbers = {"nll": 2.5, "kl": 0.5, "rouge_l": 20.0}
