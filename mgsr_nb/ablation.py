@@ -50,7 +50,7 @@ def execute_whole(folder: Path, execute: Callable[[str, str], object]) -> None:
     os.replace(partial, folder/"train.ipynb")
 
 def main() -> None:
-    "Console script `mgsr-run`: papermill's flags in, runs/<name>/ out; wrong parameters end with status 2 and say what is allowed."
+    "Console script `mgsr-run`: papermill's flags in, `runs/<name>/` out; wrong parameters end with status 2 and say what is allowed."
     flags = sys.argv[1:]
     if {"-h", "--help"} & set(flags):
         print("usage: mgsr-run [-p NAME VALUE]... (and papermill's other flags)\n\nparameters:")

@@ -420,6 +420,6 @@ def finished(folder: Path) -> bool:
 
 # %% ../nbs/00_config.ipynb #aaf26977
 def parameter_table() -> str:
-    "All parameters as a Markdown table: name, default, allowed, meaning."
-    rows = [f"| `{n}` | `{f.default!r}` | {_allowed(n)} | {f.description} |" for n, f in RunConfig.model_fields.items()]
-    return "\n".join(["| parameter | default | allowed | meaning |", "|---|---|---|---|", *rows])
+    "All parameters as a Markdown table: name, meaning, default, allowed."
+    rows = [f"| `{n}` | {f.description} | `{f.default!r}` | {_allowed(n)} |" for n, f in RunConfig.model_fields.items()]
+    return "\n".join(["| parameter | meaning | default | allowed |", "|---|---|---|---|", *rows])

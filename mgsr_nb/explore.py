@@ -52,7 +52,7 @@ class Explorer(widgets.VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         "As every widget, with a line that helps where there is no kernel."
-        return super()._repr_mimebundle_(**kwargs) | {"text/plain": "Sliders: run this cell in JupyterLab. The picture above is their first state."}
+        return super()._repr_mimebundle_(**kwargs) | {"text/plain": "Sliders need JupyterLab; above is their first state."}
 
 def slider(name: str, value: float, low: float, high: float, step: float) -> widgets.FloatSlider:
     "A slider with its name in front."

@@ -264,7 +264,7 @@ def suite_scores(results: Results, suite: str) -> pd.DataFrame:
     cells = results.cells(suite)
     reference = cells.get(results.described(suite).reference) or next(iter(cells.values()), [])
     rows = [(cell, runs, "student") for cell, runs in cells.items()] + ([(BEFORE, reference, "student_start"), (TEACHER, reference, "teacher")] if cells else [])
-    wanted = [("rouge_l", s) for s in sets_of(results, suite)] + [(m, "test") for m in ("rouge_l", "nll", "kl")] + [(m, "validation") for m in ("nll", "kl")]
+    wanted = [(m, where) for where in ("test", "validation") for m in ("nll", "kl")] + [("rouge_l", s) for s in ("test", *sets_of(results, suite))]
     found = []
     for cell, runs, who in rows:
         for metric, where in wanted:
@@ -624,7 +624,7 @@ def effect_plot(effects: pd.DataFrame, reference: str = "the reference") -> Figu
         for row, by_seed in enumerate(part.by_seed): ax.plot(list(by_seed.values()), [row] * len(by_seed), "o", ms=4, color="C1", alpha=0.8)
         ax.plot(part["mean"], range(len(cells)), "|", color="C0", ms=10, mew=2)
         ax.set(title=m.label, xlabel=f"{m.unit} better than {reference}", yticks=range(len(cells)), yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
-        ax.locator_params(axis="x", nbins=5)
+        ax.locator_params(axis="x", nbins=4)
         ax.xaxis.label.set_size(8)
     return _arranged(figure)
 
@@ -703,4 +703,6 @@ def suite_figures(results: Results, suite: str) -> list[Figure]:
 def show_suite(results: Results, suite: str) -> None:
     "Display a suite's text and figures in a notebook."
     from IPython.display import Image, Markdown, display
-    display(Markdown(suite_markdown(results, suite)), *(Image(small_png(f), format="png") for f in suite_figures(results, suite)))
+    figures = suite_figures(results, suite)
+    said = [Markdown("In the figures: a bar is a 95 % interval, a dot one training seed. In the grid of the weights darker is better.")] if figures else []
+    display(Markdown(suite_markdown(results, suite)), *said, *(Image(small_png(f), format="png") for f in figures))

@@ -8,11 +8,11 @@ __all__ = ['STATES_LIMIT', 'make_clip', 'make_objective', 'make_source', 'make_d
            'made_once', 'text_digest', 'model_key', 'Setup', 'tokenised', 'load_data', 'tuned', 'tuned_teacher',
            'make_student', 'teacher_responses', 'make_accelerator', 'check_launcher', 'accelerator_of', 'check_tools',
            'check_pair', 'prepare', 'precision_of', 'Progress', 'TrainingError', 'check_finite', 'file_digests',
-           'damage', 'Clock', 'tracking', 'Trainer', 'teacher_states', 'scores', 'machine', 'write_results', 'tidy',
-           'speaking', 'run', 'metrics_table', 'learned_limits']
+           'cut_off', 'damage', 'Clock', 'tracking', 'Trainer', 'teacher_states', 'scores', 'machine', 'write_results',
+           'tidy', 'speaking', 'run', 'metrics_table', 'learned_limits']
 
 # %% ../nbs/10_training.ipynb #4c33aa5b
-import contextlib, dataclasses, hashlib, json, logging, math, os, platform, shutil, time, traceback, warnings
+import contextlib, dataclasses, hashlib, json, logging, math, os, platform, shutil, time, traceback, warnings, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Optional, Sequence
@@ -439,6 +439,10 @@ def file_digests(folder: Path) -> dict[str, str]:
     "SHA-256 of every file in `folder` by its path there, without digests.json."
     return {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "digests.json"}
 
+def cut_off(folder: Path) -> str:
+    "Names of torch's files in `folder` that have no end: torch 2.6 says nothing when a full disk refuses the last bytes, which hold the list of a file's contents."
+    return ", ".join(p.name for p in sorted(folder.rglob("*")) if p.suffix in (".bin", ".pkl", ".pt") and not zipfile.is_zipfile(p))
+
 def damage(folder: Path) -> str:
     "What is wrong with the checkpoint in `folder`, as words; empty if its files are those that were written."
     try: written = dict(json.loads((folder/"digests.json").read_text()))
@@ -679,6 +683,7 @@ class Trainer:
         a.save_state(str(part))
         a.wait_for_everyone()
         if a.is_main_process:
+            if cut := cut_off(part): raise OSError(f"not written to the end: {cut}")
             write_json(part/"digests.json", file_digests(part))
             shutil.rmtree(whole, ignore_errors=True)
             os.replace(part, whole)

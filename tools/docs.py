@@ -92,8 +92,9 @@ def processors(nbs):
                 if text: data['text/markdown'] = OWN_LINK.sub(documented, text)
 
     def still(cell):
-        "A widget without its kernel is nothing to look at: its picture and its line of text stay."
+        "A widget without its kernel is nothing to look at: its picture and its line of text stay. Progress bars go."
         if cell.cell_type == 'code':
+            cell.outputs = [o for o in cell.get('outputs', []) if o.get('name') != 'stderr']
             for o in cell.get('outputs', []): o.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
             cell.outputs = [o for o in cell.get('outputs', []) if o.get('data', True)]
 
@@ -188,6 +189,10 @@ def finish(out):
     index = (out/'search.json').read_text(encoding='utf-8')
     (out/'search.js').write_text(f'window.searchIndex = {json.dumps(index)};', encoding='utf-8')
     (out/'.nojekyll').touch()
+    for page in out.glob('*.html'):
+        text = page.read_text(encoding='utf-8')
+        joined = re.sub(r'(<span class="math inline">[^<]*</span>)(?=[.,;:)])', '\\1\u2060', text)     # no line begins with the full stop behind a formula
+        if joined != text: page.write_text(joined, encoding='utf-8')
     for css in (out/'site_libs').rglob('*.css'):
         text = css.read_text(encoding='utf-8')
         local = re.sub(r'@import\s*(url\(\s*["\']?https?:[^)]*\)|(["\'])https?:.*?\2)[^;]*;', '', text)
