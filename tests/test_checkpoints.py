@@ -90,7 +90,7 @@ def test_a_full_disk_ends_the_run_in_words_and_leaves_what_was_there(start, smal
     finally: small_disk(resource.RLIM_INFINITY)
     assert steps(t) == [2, 3] and start().resume() == 3
 
-@pytest.mark.parametrize("file", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("file", ["optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl"])
 def test_a_file_that_torch_did_not_finish_is_noticed(start, monkeypatch, file):
     "As torch 2.6 leaves it on a full disk, without an error."
     t = start()
