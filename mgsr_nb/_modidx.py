@@ -490,7 +490,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mgsr_nb.scrg.Scorer.read': ('scrg.html#scorer.read', 'mgsr_nb/scrg.py'),
                               'mgsr_nb.scrg.Scores': ('scrg.html#scores', 'mgsr_nb/scrg.py'),
                               'mgsr_nb.scrg.Scores.padded': ('scrg.html#scores.padded', 'mgsr_nb/scrg.py'),
-                              'mgsr_nb.scrg.coloured': ('scrg.html#coloured', 'mgsr_nb/scrg.py'),
+                              'mgsr_nb.scrg._coloured': ('scrg.html#_coloured', 'mgsr_nb/scrg.py'),
                               'mgsr_nb.scrg.corrected_prefix': ('scrg.html#corrected_prefix', 'mgsr_nb/scrg.py'),
                               'mgsr_nb.scrg.correction_html': ('scrg.html#correction_html', 'mgsr_nb/scrg.py'),
                               'mgsr_nb.scrg.error_position': ('scrg.html#error_position', 'mgsr_nb/scrg.py')},

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'COLOURS', 'CORRECTION_KEY', 'error_position', 'MaxKL', 'FirstAbove', 'AnyDifference',
-           'corrected_prefix', 'Scores', 'Scorer', 'Revision', 'SCRG', 'coloured', 'correction_html']
+           'corrected_prefix', 'Scores', 'Scorer', 'Revision', 'SCRG', 'correction_html']
 
 # %% ../nbs/08_scrg.ipynb #ce88707a
 from dataclasses import dataclass
@@ -159,13 +159,13 @@ class SCRG:
 # %% ../nbs/08_scrg.ipynb #8e7f52ab
 COLOURS = {"red": ("#b3261e", "#ff7b72"), "green": ("#1a7f37", "#56d364"), "blue": ("#1f5fbf", "#79b8ff")}     # on a light ground, and on a dark one
 
-def coloured(text: str, colour: str, more: str = "") -> str:
+def _coloured(text: str, colour: str, more: str = "") -> str:
     "HTML in one of `COLOURS`, as the page's ground asks for it."
     light, dark = COLOURS[colour]
     return f'<span style="color:{light};color:light-dark({light},{dark});{more}">{text}</span>'
 
-CORRECTION_KEY = (f"<p><i>{coloured('the student: thrown away', 'red')}, its worst token <u>underlined</u>; {coloured('the teacher&#39;s token', 'green', 'font-weight:bold')}; "
-                  f"{coloured('written anew by the student', 'blue')}</i></p>")
+CORRECTION_KEY = (f"<p><i>{_coloured('the student: thrown away', 'red')}, its worst token <u>underlined</u>; {_coloured('the teacher&#39;s token', 'green', 'font-weight:bold')}; "
+                  f"{_coloured('written anew by the student', 'blue')}</i></p>")
 
 def correction_html(tokenizer, before: list[int], revision: Revision, b: int = 0, prompt: str = "") -> str:
     "The correction of response `b`, which was `before`, as coloured HTML (`CORRECTION_KEY`), with the token's place and KL, and the prompt if it is given."
@@ -176,6 +176,6 @@ def correction_html(tokenizer, before: list[int], revision: Revision, b: int = 0
     if j < 0: return f"<p>{head}{show(before)} <i>(nothing to correct)</i></p>"
     worst, better = show(before[j:j + 1]), show(after[j:j + 1])
     space = " " * (len(worst) - len(worst.lstrip()))        # not underlined
-    old = space + coloured(worst.lstrip(), "red", "text-decoration:underline") + coloured(show(before[j + 1:]), "red")
-    new = coloured(better, "green", "font-weight:bold") + coloured(show(after[j + 1:]), "blue")
+    old = space + _coloured(worst.lstrip(), "red", "text-decoration:underline") + _coloured(show(before[j + 1:]), "red")
+    new = _coloured(better, "green", "font-weight:bold") + _coloured(show(after[j + 1:]), "blue")
     return f"<p>{head}student: {show(before[:j])}{old}<br>revised: {show(before[:j])}{new}<br><small>token {j + 1}, KL {revision.kl[b]:.2f} nats: “{worst}” → “{better}”</small></p>"
