@@ -76,7 +76,7 @@ class RunConfig(BaseModel):
     clip: Literal["learned", "fixed_quantile", "fixed_percentile", "top_fraction", "none"] = _choice("learned", "what decides which classes DAC-KL keeps")
     clip_upper: Optional[float] = _number(None, "upper limit u (learned: its start); None: 0.95, for fixed_percentile 0.90", ge=0, le=1)
     clip_lower: Optional[float] = _number(None, "lower limit l (learned: its start); None: 0.05, for fixed_percentile 0.10", ge=0, le=1)
-    clip_reading: Literal["value", "rank", "mass"] = _choice("value", "what u and l are compared with: probability, share of classes, share of mass (notebook 04)")
+    clip_reading: Literal["value", "rank", "mass"] = _choice("value", "what u and l are compared with: a class's probability (value), its rank as a share of the classes (rank) or of the mass (mass); notebook 04, Three readings")
     clip_fraction: float = _number(0.05, "share of classes kept by clip top_fraction", gt=0, le=1)
     mask_temperature: float = _number(0.01, "softness of the mask, on the scale of the reading; 0: hard (a learned clip then gets no gradient)", ge=0)
     target_class: Literal["once", "twice", "none"] = _choice("once", "the teacher's best class: kept once, appended as printed, left out")
@@ -227,6 +227,8 @@ def _check_names(c):
         raise ConfigError(f"run_name: {len(c.run_name)} characters; allowed: folders of at most 200 bytes, 500 characters in all")
     if c.data_dir and not Path(c.data_dir).is_dir():
         raise ConfigError(f"data_dir: there is no folder {c.data_dir!r} (looked from {Path.cwd()}); allowed: an existing folder, or empty")
+    if c.data_dir and c.data == "tiny" and set(c.eval_set_list) == {"tiny"}:
+        raise ConfigError("data_dir: nothing would be read from it, since data and eval_sets are tiny, which comes with the library; allowed: empty, or data dolly, or other eval_sets")
 
 CHECKS = (_check_limits, _check_classes, _check_scrg, _check_policy, _check_select, _check_weights, _check_lengths, _check_batch, _check_lists, _check_names)
 
@@ -308,7 +310,8 @@ def resolve(params: dict[str, Any] = {}, **more) -> RunConfig:
         raise ConfigError(f"method: got {_shown(method)}{_nearest(method, METHODS)}; allowed: one of {', '.join(METHODS)}")
     unknown = [n for n in given if n not in RunConfig.model_fields]
     if unknown:
-        raise ConfigError("\n".join(f"{n}: there is no such parameter{_nearest(n, RunConfig.model_fields)}; all names: {', '.join(RunConfig.model_fields)}" for n in unknown))
+        near = {n: _nearest(n, RunConfig.model_fields) or f"; all names: {', '.join(RunConfig.model_fields)}" for n in unknown}
+        raise ConfigError("\n".join(f"{n}: there is no such parameter{said}" for n, said in near.items()))
     huge = [n for n, v in given.items() if type(v) is int and v.bit_length() > 53]      # more than a float can count
     if huge: raise ConfigError("\n".join(f"{n}: got a number of {given[n].bit_length()} bits; allowed: {_allowed(n)}, of at most 53 bits" for n in huge))
     try: return RunConfig(**{**PRESETS[preset], **METHODS[method], **given})

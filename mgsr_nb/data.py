@@ -128,7 +128,7 @@ def to_example(row: dict, source: Source, name: str, line: int, origin: str) -> 
         instruction=_text(get("instruction"), where("instruction")),
         input=_text(get(source.input), where(source.input)) if source.input else "",
         references=tuple(_text(r, where(source.output)) for r in references),
-        category=_text(get(source.category), where(source.category)) if source.category else "")
+        category=_text(row.get(source.category, ""), where(source.category)) if source.category else "")      # for tables only
 
 # %% ../nbs/01_data.ipynb #62e50ab6
 def _from_folder(source: Source, data_dir: str | Path) -> list[tuple[int, dict]]:

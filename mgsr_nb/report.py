@@ -12,7 +12,7 @@ __all__ = ['NO_SUITES', 'TEACHERS', 'METRICS', 'DECIDING', 'DRAWS', 'HOLDS', 'FA
            'clipping_answer', 'suite_logs', 'where_limits_ended', 'setting', 'notes', 'gaps', 'suite_markdown',
            'best_cell', 'verdict_counts', 'summary_markdown', 'claims_sentence', 'not_run_sentence',
            'failures_markdown', 'small_png', 'effect_plot', 'learning_curves', 'limits_plot', 'weight_grid',
-           'weight_heatmap', 'costs', 'cost_plot', 'suite_figures', 'show_suite']
+           'weight_heatmap', 'costs', 'cost_plot', 'suite_figures', 'show_suite', 'compare']
 
 # %% ../nbs/14_statistics.ipynb #c54542c7
 import io, json, re
@@ -706,3 +706,20 @@ def show_suite(results: Results, suite: str) -> None:
     figures = suite_figures(results, suite)
     said = [Markdown("In the figures: a bar is a 95 % interval, a dot one training seed. In the grid of the weights darker is better.")] if figures else []
     display(Markdown(suite_markdown(results, suite)), *said, *(Image(small_png(f), format="png") for f in figures))
+
+# %% ../nbs/14_statistics.ipynb #6b6c64a2
+def compare(first: str | Path, second: str | Path) -> pd.DataFrame:
+    """The test scores of two finished runs, given by their folders, and how much better the second one is, with the 95 % interval over prompts.
+
+    Raises `ValueError` if one is not finished, or if they were not evaluated on the same prompts."""
+    runs = []
+    for folder in map(Path, (first, second)):
+        if not (folder/"metrics.json").is_file(): raise ValueError(f"{folder}: no finished run, there is no metrics.json in it")
+        metrics = json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
+        if wrong := _what_is_missing(metrics): raise ValueError(f"{folder}: {wrong}")
+        runs.append(Run("", folder.name, 0, folder, metrics))      # one seed, whatever it was: the pair is one
+    rows = {}
+    for metric, m in METRICS.items():
+        scores = [_number(float(sample([r], metric).by_seed()[0]), m.digits) for r in runs]
+        rows[f"{m.label}, {m.unit}"] = [*scores, _interval(estimate(better_by([runs[1]], [runs[0]], metric)), metric)]
+    return pd.DataFrame(rows, index=[*(r.cell for r in runs), "better by"]).T

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from .data import Encoded, collate, cut_at_stop
 from .divergences import log_mixture, log_probs
-from .models import decoder
+from .models import CACHE, decoder
 
 # %% ../nbs/07_sampling.ipynb #d677d5c2
 def generator_for(*key, device="cpu") -> torch.Generator:
@@ -68,8 +68,8 @@ class _NextToken:
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        results = [model(**inputs, past_key_values=cache) for model, cache in zip(self.models, self.caches)]
-        self.caches = [r.past_key_values for r in results]
+        results = [model(**inputs, **{CACHE: cache}) for model, cache in zip(self.models, self.caches)]
+        self.caches = [getattr(r, CACHE) for r in results]
         logits = [r.logits[:, -1, :self.vocab] for r in results]
         return log_mixture(log_probs(logits[1]), log_probs(logits[0]), self.alpha) if self.alpha else logits[0]
 
@@ -156,8 +156,8 @@ class Reading:
         places = torch.tensor([[s + i if i < len(e) else -1 for i in range(width)] for s, e in zip(starts, endings)], device=self.device)
         self.columns = torch.cat([self.columns, places], 1)
         with evaluating(self.model):
-            result = decoder(self.model)(input_ids=ids, attention_mask=(self.columns >= 0).long(), position_ids=places.clamp(min=0), past_key_values=self.cache, use_cache=True)
-        self.cache = result.past_key_values
+            result = decoder(self.model)(input_ids=ids, attention_mask=(self.columns >= 0).long(), position_ids=places.clamp(min=0), use_cache=True, **{CACHE: self.cache})
+        self.cache = getattr(result, CACHE)
         self._store(result[0], starts, [len(e) for e in endings])
 
     def _store(self, new: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> None:
