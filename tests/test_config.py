@@ -22,7 +22,7 @@ OTHER = {  # for every field another allowed value
     "eval_batch_size": 1, "eval_every": 0, "checkpoint_every": 5, "log_every": 5, "save_student": False, "save_samples": 3, "length_buckets": 2,
     "dry_run": True, "student_sft_steps": 7, "frozen_precision": "float32", "pg_weight": 0.5, "pg_clip": 0.1, "pg_single_step": False, "pg_length_norm": False, "teacher_mix": 0.2,
     "scrg_detect": "random", "scrg_threshold": 0.5, "eval_exposure": True, "select": "nll", "chunker": "spacy", "compile_student": True, "tracker": "tensorboard"}
-NEEDS = {"pg_weight": {"scrg": False}}   # what a value of OTHER cannot do without
+NEEDS = {"pg_weight": {"scrg": False}, "data_dir": {"data": "dolly"}}   # what a value of OTHER cannot do without
 
 def with_needs(name): return {**NEEDS.get(name, {}), name: OTHER[name]}
 
@@ -40,7 +40,9 @@ def test_the_table_of_other_values_is_whole_and_allowed():
 
 @pytest.mark.pitfall(42)
 @pytest.mark.parametrize("params,words", [
-    (dict(dac_wieght=0.5), ["dac_wieght: there is no such parameter", "did you mean 'dac_weight'?", "span_weight"]),
+    (dict(dac_wieght=0.5), ["dac_wieght: there is no such parameter", "did you mean 'dac_weight'?"]),
+    (dict(xyzzy=0.5), ["xyzzy: there is no such parameter; all names: preset, method, ", "span_weight"]),
+    (dict(data_dir="."), ["data_dir: nothing would be read from it", "allowed: empty, or data dolly, or other eval_sets"]),
     (dict(dac_weight="high"), ["dac_weight: got 'high' (str)", "allowed: a number >= 0"]),
     (dict(dac_weight=-1), ["dac_weight: got -1 (int)", "allowed: a number >= 0"]),
     (dict(clip_upper=0.1, clip_lower=0.9), ["clip_lower: 0.9 is not below clip_upper: 0.1", "allowed: 0 <= clip_lower < clip_upper <= 1"]),
@@ -48,7 +50,7 @@ def test_the_table_of_other_values_is_whole_and_allowed():
     (dict(method="nope"), ["method: got 'nope'", "allowed: one of mgsr, mgsr_off_policy, sft, kd, seqkd, seqkd_kd, imitkd, gkd, minillm, distillm, distillm_forward"]),
     (dict(scrg="true"), ["scrg: got 'true' (str)", "allowed: True or False"]),
     (dict(clip_upper="high"), ["clip_upper: got 'high' (str)", "allowed: a number >= 0 and <= 1"]),
-], ids=["typo", "word", "negative", "limits", "preset", "method", "string", "optional"])
+], ids=["typo", "nothing near", "data that nothing reads", "word", "negative", "limits", "preset", "method", "string", "optional"])
 def test_pitfall_42_the_bad_inputs_of_a_command_line_are_refused_in_words(params, words):
     message = refusal(params)
     assert message.startswith(words[0])
@@ -367,10 +369,10 @@ def test_no_run_escapes_from_its_folder(name, teacher, root):
 # --- the run's folder
 
 def test_open_run_writes_the_configuration(tmp_path):
-    c = resolve(runs_dir=str(tmp_path), dac_weight=0.5, data_dir=str(tmp_path))
+    c = resolve(runs_dir=str(tmp_path), dac_weight=0.5, data_dir=str(tmp_path), eval_sets="dolly")
     folder = open_run(c)
     record = json.loads((folder / "config.json").read_text())
-    assert folder == tmp_path / "dac_weight=0.5" and record["dac_weight"] == 0.5 and record["digest"] == c.digest
+    assert folder == tmp_path / "dac_weight=0.5,eval_sets=dolly" and record["dac_weight"] == 0.5 and record["digest"] == c.digest
     assert resolve({k: v for k, v in record.items() if k != "digest"}).digest == c.digest
     assert str(tmp_path) not in (folder / "config.json").read_text()
 

@@ -289,6 +289,16 @@ def test_subset_note():
     assert "NOT" in subset_note("uinst", [short]) and "1 word;" in subset_note("uinst", [short])
     assert subset_note("uinst", [short, long]) == "" and subset_note("dolly", [short]) == ""
 
+def test_data_of_ones_own_need_no_category(tmp_path):
+    "Only the question, what it is about, and the answer."
+    write(tmp_path/"dolly/databricks-dolly-15k.jsonl", [{"instruction": f"What is {n}?", "context": "", "response": "A number."} for n in range(4)])
+    for name in ("dev", "valid"): write(tmp_path/f"dolly/{name}.jsonl", [{"instruction": f"{name}?", "input": "", "output": "r"}])
+    splits = load_train("dolly", tmp_path)
+    assert [e.instruction for e in splits.train] == [f"What is {n}?" for n in range(4)] and {e.category for e in splits.train} == {""}
+    assert load_eval_set("dolly", tmp_path)[0].references == ("r",)
+    write(tmp_path/"dolly/databricks-dolly-15k.jsonl", [{"instruction": "a", "context": "", "response": "r", "category": 3}])
+    with pytest.raises(DataError, match="field 'category': expected a string"): load_train("dolly", tmp_path)
+
 def tiny_dolly(folder: Path):
     row = lambda i, c="", **kw: {"instruction": i, "context": c, "response": "r", "category": "open_qa", **kw}
     held = lambda i, x="": {"instruction": i, "input": x, "output": "r", "prompt": ""}

@@ -53,7 +53,7 @@ PAIRS = [  # allowed alone, not together
     (dict(scrg=True, sampling="fixed"), "scrg"), (dict(sft_weight=0, dac_weight=0, span_weight=0), "sft_weight"), (dict(max_prompt_tokens=300, max_tokens=200), "max_prompt_tokens"),
     (dict(batch_size=2, micro_batch_size=3), "micro_batch_size"), (dict(target_class="none", dac_classes="target"), "target_class"), (dict(clip_upper=0.1, clip_lower=0.2, clip="learned"), "clip_lower"),
     (dict(pg_weight=1.0), "pg_weight"), (dict(teacher_mix=0.2, scrg=False, sampling="fixed"), "teacher_mix"), (dict(select="kl", eval_every=0), "select"),
-    (dict(sampling="off_policy", buffer_size=3), "buffer_size")]
+    (dict(sampling="off_policy", buffer_size=3), "buffer_size"), (dict(data_dir="."), "data_dir")]
 refused, failures, named = 0, [], {{}}
 def must_refuse(given, names):
     global refused

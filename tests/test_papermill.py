@@ -118,7 +118,29 @@ def test_mgsr_run_help_lists_the_parameters(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mgsr-run", "--help"])
     ablation.main()
     said = capsys.readouterr().out
-    for name, field in FIELDS.items(): assert re.search(rf"^  {name} +{re.escape(field.description)} \(default {re.escape(repr(field.default))}\)$", said, re.M), name
+    for name, field in FIELDS.items(): assert re.search(rf"^  {name} +{re.escape(field.description)} \[.*; default {re.escape(repr(field.default))}\]$", said, re.M), name
+    assert "[one of value, rank, mass; default 'value']" in said
+
+def test_an_interrupted_run_says_what_the_same_command_will_do(tmp_path, monkeypatch, capsys):
+    "Ctrl-C reaches papermill, which click turns into its own exception."
+    import click
+    def interrupted(folder, execute): raise click.exceptions.Abort
+    monkeypatch.setattr(ablation, "execute_whole", interrupted)
+    for steps, words in (([], "begins again, since there is no checkpoint"), ([2, 10], "goes on behind step 10")):
+        for n in steps: (tmp_path/"x"/"checkpoints"/f"step-{n:06d}").mkdir(parents=True)
+        monkeypatch.setattr(sys, "argv", ["mgsr-run", "-p", "runs_dir", str(tmp_path), "-p", "run_name", "x"])
+        with pytest.raises(SystemExit) as end: ablation.main()
+        said = capsys.readouterr().err
+        assert end.value.code == 130 and "mgsr-run: interrupted; the same command " + words in said and "Traceback" not in said
+
+def test_what_the_notebook_refuses_is_one_sentence_and_the_place_of_the_rest(project, tmp_path):
+    "Data that are not as they should be are noticed in the kernel."
+    (tmp_path/"dolly").mkdir()
+    for name in ("databricks-dolly-15k", "dev", "valid"): (tmp_path/"dolly"/f"{name}.jsonl").write_text('{"instruction": 3}\n')
+    done = command(project, "mgsr-run", *flags(project.parameters | dict(run_name="own", data="dolly", eval_sets="dolly", data_dir=str(tmp_path))))
+    last = done.stderr.strip().splitlines()[-2:]
+    assert done.returncode == 2 and "Traceback" not in done.stderr.split("mgsr-run: ")[-1], done.stderr[-2000:]
+    assert last[0].startswith("mgsr-run: ") and "line 1, field 'response': missing" in last[0] and last[1].endswith("own/train.partial.ipynb)"), last
 
 @pytest.mark.pitfall(42)
 @pytest.mark.parametrize("typed,value", [("0.5", 0.5), ("1", 1.0)])
