@@ -295,7 +295,7 @@ def time_left(table: pd.DataFrame, slots: int) -> Optional[float]:
 
 def clock(seconds: Optional[float]) -> str:
     "Hours and minutes, for people."
-    return "unknown" if seconds is None else f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02} h"
+    return "unknown, until a cell is finished" if seconds is None else f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02} h"
 
 # %% ../nbs/11b_runner.ipynb #da76c69e
 def ablate(suite: str, seeds: int | Sequence[int] = 1, preset: str = PRESET, cells: Sequence[str] = (), params: dict = {}, name: str = "", jobs: int = 0,
@@ -307,7 +307,9 @@ def ablate(suite: str, seeds: int | Sequence[int] = 1, preset: str = PRESET, cel
     todo = jobs_of(suite, range(seeds) if isinstance(seeds, int) else seeds, preset, cells, params, name)
     table = plan(todo)
     slots, devices = slots_of(jobs)
-    say(f"{table.to_string(index=False)}\n{len(table)} jobs, {slots} at a time; left: {clock(time_left(table, slots))}")
+    shown = table.astype(object).where(table.notna(), "").to_string(index=False)
+    elsewhere = "; elsewhere: another suite has this run, which is copied" if (table.state == "elsewhere").any() else ""
+    say(f"{shown}\n{len(table)} jobs, {slots} at a time; left: {clock(time_left(table, slots))}{elsewhere}")
     changed = list(table[table.state == "changed"].job)
     if changed and not overwrite: raise ConfigError(f"overwrite: {', '.join(changed)} hold runs with other parameters; allowed: another name, or overwrite")
     if dry_run: return table
