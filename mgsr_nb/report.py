@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_SUITES', 'TEACHERS', 'METRICS', 'DECIDING', 'DRAWS', 'HOLDS', 'FAILS', 'OPEN', 'NOT_RUN', 'MIN_SEEDS', 'BEFORE',
-           'TEACHER', 'RECORDED', 'ODDITIES', 'GPT2', 'DPI', 'LIMITS_SHOWN', 'Run', 'read_run', 'Undescribed',
-           'Results', 'read_results', 'on_the_same_prompts', 'by_one_teacher', 'write_toy_run', 'Metric', 'Sample',
-           'sample', 'draws_of', 'resampled', 'Estimate', 'estimate', 'better_by', 'paired', 'verdict', 'sets_of',
-           'suite_scores', 'markdown_table', 'score_table', 'suite_effects', 'suite_claims', 'effect_table',
+           'TEACHER', 'SHARE_OF_SFT', 'RECORDED', 'ODDITIES', 'GPT2', 'DPI', 'LIMITS_SHOWN', 'Run', 'read_run',
+           'Undescribed', 'Results', 'read_results', 'on_the_same_prompts', 'by_one_teacher', 'write_toy_run', 'Metric',
+           'Sample', 'sample', 'draws_of', 'resampled', 'Estimate', 'estimate', 'better_by', 'paired', 'verdict',
+           'sets_of', 'suite_scores', 'markdown_table', 'score_table', 'suite_effects', 'suite_claims', 'effect_table',
            'claim_table', 'results_table', 'results_csv', 'write_results_csv', 'weights_answer', 'clipping_pairs',
            'clipping_answer', 'suite_logs', 'where_limits_ended', 'setting', 'notes', 'gaps', 'suite_markdown',
            'best_cell', 'verdict_counts', 'summary_markdown', 'claims_sentence', 'not_run_sentence',
@@ -421,6 +421,8 @@ def _weights(run: Run) -> tuple[float, float]:
     "(dac_weight, span_weight) of a run."
     return run.metrics["config"]["dac_weight"], run.metrics["config"]["span_weight"]
 
+SHARE_OF_SFT = "A smaller weight of a distillation loss is also a larger share of the SFT term, whose loss this NLL is: these cells cannot tell the two apart."
+
 def weights_answer(results: Results, suite: str = "loss_weights") -> str:
     "One paragraph of Markdown: does the balance of the loss weights matter? A cell without one of the two losses is no balance, so the two are told apart."
     title, cells, reference = "**Does the balance of the loss weights matter?**", results.cells(suite), results.described(suite).reference if results.described(suite).cells else ""
@@ -429,8 +431,10 @@ def weights_answer(results: Results, suite: str = "loss_weights") -> str:
     names = {c: f"({_weights(cells[c][0])[0]:g}, {_weights(cells[c][0])[1]:g})" for c in pairs}
     balance = {names[c]: d for c, d in pairs.items() if min(_weights(cells[c][0])) > 0}
     without = {names[c]: d for c, d in pairs.items() if min(_weights(cells[c][0])) == 0}
+    in_kl = {names[c]: paired(results, suite, c, reference, "kl") for c in pairs if names[c] in balance}
     parts = [_verdict_on_balance(balance) if balance else "No other balance was run.",
              f"NLL of the reference responses, nats a token better than with (dac, span) = (1, 1): {_pair_texts(balance)}.{_open_text(balance)}" if balance else "",
+             f"KL to the teacher, likewise: {_pair_texts(in_kl, 'kl')}." if balance else "", SHARE_OF_SFT if balance else "",
              f"Leaving a loss out: {_pair_texts(without)}.{_open_text(without)}" if without else "", _in_rouge(results, suite, [(c, reference) for c in pairs])]
     return f"{title} {' '.join(p for p in parts if p)} ({_size(results, suite)}; 95 % intervals.)"
 
