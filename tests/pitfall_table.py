@@ -21,7 +21,6 @@ PITFALLS = {
     38: "answers in number and order; an empty one scores 0 and is counted", 39: "answers are drawn at temperature 1 from all classes, with the paper's seeds", 40: "what SCRG may change, and where it ends",
     41: "the parameters tag survives, and what is passed is what runs", 42: "unknown names and wrong types are refused", 43: "papermill without an output path", 44: "where executed copies go, and who makes the folder",
     45: "kernel name and language", 46: "a run that was cut off does not count as finished"}
-LATER = {13: "one temperature, 1, is all there is"}
 
 def marked(source: str) -> list[tuple[str, list[int]]]:
     "(test, numbers) for each test function of a source text that has a `pitfall` marker."
@@ -45,7 +44,7 @@ def table() -> str:
     for n, text in PITFALLS.items():
         by_file = {}
         for file, name in found.get(n, []): by_file.setdefault(file, []).append(f"`{name.removeprefix('test_')}`")
-        lines.append(f"| {n} | {text} | {'; '.join(f'**{f}** ' + ', '.join(names) for f, names in by_file.items()) or 'none: ' + LATER[n]} |")
+        lines.append(f"| {n} | {text} | {'; '.join(f'**{f}** ' + ', '.join(names) for f, names in by_file.items())} |")
     return "\n".join(lines)
 
 def with_table(readme: str) -> str:

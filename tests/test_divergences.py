@@ -290,6 +290,16 @@ def test_11_student_equal_to_teacher_gives_zero_and_zero_gradient(name, row, dty
     assert abs(value) <= tol and gradient.abs().max() <= tol
 
 
+@pytest.mark.pitfall(13)
+@pytest.mark.parametrize('name, options', CASES)
+@pytest.mark.parametrize('temperature', [.5, 1., 4.])
+def test_13_both_sides_are_taken_as_they_are_given(name, options, temperature):
+    "No temperature of its own: logits that were divided by one on both sides give the divergence of those distributions, and on one side another value."
+    q, p = (z / temperature for z in pair(4, 7))
+    close(DIVERGENCES[name](q, p, **options), NAIVE[name](q.softmax(-1), p.softmax(-1), **options), 1e-9)
+    if temperature != 1: assert (DIVERGENCES[name](q * temperature, p, **options) - DIVERGENCES[name](q, p, **options)).abs().max() > 1e-3
+
+
 @pytest.mark.pitfall(14)
 @ALL
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])

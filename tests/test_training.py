@@ -46,6 +46,18 @@ def test_the_pipeline_from_saved_models_to_a_saved_student(config, kind, student
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "log.csv", "metrics.json", "samples.jsonl", "student"]
     assert [r["model"] for r in metrics_table(metrics)] == ["student before", "student after", "teacher"]
 
+@pytest.mark.pitfall(13)
+@every_kind
+def test_pitfall_13_a_models_own_temperature_touches_neither_the_text_nor_the_loss(config, kind):
+    "There is one temperature, 1, for both models and for the student's writing; what a checkpoint's generation settings say is for chatting."
+    assert [name for name in RunConfig.model_fields if "temperature" in name] == ["mask_temperature"]
+    rows = []
+    for temperature in (1., .3):
+        setup = prepare(config(kind), cpu=True)
+        for model in (setup.student, setup.teacher): model.generation_config.temperature, model.generation_config.top_k = temperature, 2 if temperature != 1 else 50
+        rows.append({k: v for k, v in Trainer(setup).step().items() if not k.startswith("seconds")})
+    assert rows[0] == rows[1] and rows[0]["dac"] != 0
+
 def test_the_saved_student_is_the_one_that_was_evaluated(config, tmp_path):
     c = config("llama", run_name="x")
     nll = run(c, cpu=True)["student"]["validation"]["nll"]
