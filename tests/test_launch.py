@@ -1,11 +1,12 @@
 """tools/launch: accelerate reads the files, every value is one it knows, and, without a GPU, as much of a start as a CPU allows."""
 import importlib.util, json, os, subprocess, sys
 from pathlib import Path
-import pytest, yaml
+import pandas as pd, pytest, torch, yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, PrecisionType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
 from mgsr_nb import training
 from mgsr_nb.config import ConfigError, RunConfig, resolve
 from tiny_runs import save_pair, tiny_parameters
@@ -15,10 +16,9 @@ ROOT, FOLDER = TESTS.parent, TESTS.parent/"tools/launch"
 FILES = {"ddp": DistributedType.MULTI_GPU, "fsdp": DistributedType.FSDP, "deepspeed": DistributedType.DEEPSPEED}
 
 def as_launched(name, monkeypatch):
-    "What `accelerate launch --config_file` makes of a file: its arguments and the file's defaults."
+    "What `accelerate launch --config_file` makes of a file: its arguments, the file's defaults, and whether the file says a precision."
     monkeypatch.chdir(ROOT)
-    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(FOLDER/f"{name}.yaml"), "script.py"]))
-    return args, defaults
+    return _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(FOLDER/f"{name}.yaml"), "script.py"]))
 
 def test_every_file_is_tested(): assert {p.stem for p in FOLDER.glob("*.yaml")} == FILES.keys()
 
@@ -26,10 +26,10 @@ def test_every_file_is_tested(): assert {p.stem for p in FOLDER.glob("*.yaml")} 
 def test_accelerate_reads_the_file(name, monkeypatch):
     "Its loader refuses unknown names at the top; of the options below it copies any, so they are compared with the launcher's own arguments."
     found = load_config_from_file(str(FOLDER/f"{name}.yaml"))
-    assert found.distributed_type == FILES[name] and found.mixed_precision in PrecisionType.list() and found.num_machines == 1
+    assert found.distributed_type == FILES[name] and (found.mixed_precision or 'no') in PrecisionType.list() and found.num_machines == 1
     known = vars(launch_command_parser().parse_args(["script.py"]))
     for part in (found.fsdp_config, found.deepspeed_config): assert set(part) <= known.keys()
-    args, _ = as_launched(name, monkeypatch)
+    args, *_ = as_launched(name, monkeypatch)
     assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == tuple(kind == FILES[name] for kind in FILES.values()) and args.num_processes == 2
     for key, value in {**found.fsdp_config, **found.deepspeed_config}.items(): assert getattr(args, key) == value
 
@@ -43,7 +43,7 @@ def with_environment(env, monkeypatch):
         if key not in os.environ or os.environ[key] != value: monkeypatch.setenv(key, value)
 
 def test_fsdp_takes_every_value(monkeypatch):
-    args, defaults = as_launched("fsdp", monkeypatch)
+    args, *_ = as_launched("fsdp", monkeypatch)
     with_environment(prepare_multi_gpu_env(args), monkeypatch)
     plugin = FullyShardedDataParallelPlugin()       # raises for a value that it does not know
     assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.transformer_cls_names_to_wrap, plugin.cpu_ram_efficient_loading) == (2, True, ["LlamaDecoderLayer"], False)
@@ -52,10 +52,12 @@ def test_fsdp_takes_every_value(monkeypatch):
     with pytest.raises(Exception): FullyShardedDataParallelPlugin()
 
 def test_deepspeed_takes_every_value(monkeypatch):
-    args, defaults = as_launched("deepspeed", monkeypatch)
-    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-    file = prepare_deepspeed_cmd_env(args)[1]["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
-    plugin = DeepSpeedPlugin(hf_ds_config=file)
+    "Also that nothing of the file is refused beside a file of DeepSpeed's own, as a `mixed_precision` is."
+    args, defaults, own_precision = as_launched("deepspeed", monkeypatch)
+    args.deepspeed_fields_from_accelerate_config = ",".join([*defaults.deepspeed_config, *["mixed_precision"] * own_precision])
+    env = prepare_deepspeed_cmd_env(args)[1]
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", env["ACCELERATE_CONFIG_DS_FIELDS"])
+    plugin = DeepSpeedPlugin(hf_ds_config=(file := env["ACCELERATE_DEEPSPEED_CONFIG_FILE"]))
     assert (plugin.zero_stage, plugin.gradient_accumulation_steps, plugin.offload_param_device) == (2, 1, "none")     # whole weights, one pass a step
     options = json.loads((ROOT/file).read_text())
     assert options["gradient_clipping"] == RunConfig.model_fields["max_grad_norm"].default
@@ -63,7 +65,7 @@ def test_deepspeed_takes_every_value(monkeypatch):
     assert isinstance(options["train_micro_batch_size_per_gpu"], int) and options["zero_optimization"]["stage"] == 2
 
 def launch(name, *more):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)]), "OMP_NUM_THREADS": "1", "MGSR_CACHE": str(Path(more[-1])/"cache")}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "MGSR_CACHE": str(Path(more[-1])/"cache")}
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"): env.pop(key, None)
     return subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER/f"{name}.yaml"), *map(str, more)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
 
@@ -78,6 +80,26 @@ def test_ddp_starts_two_processes(tmp_path):
 def test_without_deepspeed_the_launcher_says_so(tmp_path):
     done = launch("deepspeed", tmp_path/"script.py", tmp_path)
     assert done.returncode != 0 and "DeepSpeed is not installed" in done.stderr
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero_2_trains_as_ddp_does_and_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    "On two CPU processes: off-policy, with samples, SCRG, validations, the best weights, and checkpoints."
+    teacher = save_pair(tmp_path/"pair", "gpt2")[0]
+    common = dict(student_layers=2, method="mgsr_off_policy", threshold_start=0.8, buffer_size=5, max_steps=6, checkpoint_every=2, eval_every=2, select="nll", spans="fixed", span_length=2)
+    parameters = tiny_parameters(tmp_path/"runs", teacher, **common)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for name, cases in (("deepspeed", [("zero", parameters, 0), ("again", parameters, 5), ("again", parameters, 0)]), ("ddp", [("ddp", parameters, 0)])):
+        (tmp_path/"cases.json").write_text(json.dumps(cases))
+        done = launch(name, TESTS/"deepspeed_runs.py", tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (tmp_path/"kind-1").read_text() == {"deepspeed": "DistributedType.DEEPSPEED", "ddp": "DistributedType.MULTI_CPU"}[name]
+    logs = {name: pd.read_csv(tmp_path/"runs"/name/"log.csv").filter(regex="^(?!seconds)") for name in ("ddp", "zero", "again")}
+    weights = {name: load_file(tmp_path/"runs"/name/"student"/"model.safetensors") for name in logs}
+    pd.testing.assert_frame_equal(logs["zero"], logs["again"], check_exact=True)
+    pd.testing.assert_frame_equal(logs["ddp"], logs["zero"], rtol=1e-4, atol=1e-5)
+    for name, w in weights["ddp"].items():
+        assert torch.equal(weights["zero"][name], weights["again"][name])
+        torch.testing.assert_close(w, weights["zero"][name], rtol=0, atol=1e-5)
 
 @pytest.mark.parametrize("method", ["sft", "mgsr"])
 def test_an_update_by_fsdp_is_that_of_ddp_and_what_is_outside_of_it_cannot_be_done(tmp_path, method):
