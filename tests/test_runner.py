@@ -39,7 +39,9 @@ def hold(project, cell):
     "From now on this cell sleeps until it is killed; None: no cell does."
     (project/'hold').unlink(missing_ok=True)
     if cell: (project/'hold').write_text(cell)
-def start(*args): return subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*args):
+    "A shell that runs the tests in the background has Ctrl-C ignored, also by what they start: it is not ignored here."
+    return subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 def call(*args): return subprocess.run(command(*args), capture_output=True, text=True, timeout=120)
 
 def wait_for(condition, seconds=60):
