@@ -77,9 +77,10 @@ $(STAMP_OLDEST): settings.ini setup.py tools/oldest.py
 	$(PYTHON) tools/oldest.py dev > $(VENV_OLDEST)/oldest.txt
 	$(VENV_OLDEST)/bin/python -m pip install --quiet -r $(VENV_OLDEST)/oldest.txt
 	touch $@
+# without VIRTUAL_ENV: IPython would take the packages of an environment that is active
 test-oldest: export PYTHONPATH := $(CURDIR)
 test-oldest: $(STAMP_OLDEST)
-	$(VENV_OLDEST)/bin/python -m pytest -q -p no:cacheprovider $(PYTEST_ARGS) $(OLDEST_TESTS)
+	env -u VIRTUAL_ENV $(VENV_OLDEST)/bin/python -m pytest -q -p no:cacheprovider $(PYTEST_ARGS) $(OLDEST_TESTS)
 
 audit: $(STAMP)
 	$(BIN)/python tools/audit.py
