@@ -376,6 +376,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mgsr_nb.report.suite_markdown': ('statistics.html#suite_markdown', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.suite_scores': ('statistics.html#suite_scores', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.summary_markdown': ('statistics.html#summary_markdown', 'mgsr_nb/report.py'),
+                                'mgsr_nb.report.training_seconds': ('statistics.html#training_seconds', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.verdict': ('statistics.html#verdict', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.verdict_counts': ('statistics.html#verdict_counts', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.weight_grid': ('statistics.html#weight_grid', 'mgsr_nb/report.py'),

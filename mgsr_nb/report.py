@@ -12,7 +12,7 @@ __all__ = ['NO_SUITES', 'TEACHERS', 'METRICS', 'DECIDING', 'DRAWS', 'HOLDS', 'FA
            'clipping_answer', 'suite_logs', 'where_limits_ended', 'setting', 'notes', 'gaps', 'suite_markdown',
            'best_cell', 'verdict_counts', 'summary_markdown', 'claims_sentence', 'not_run_sentence',
            'failures_markdown', 'small_png', 'effect_plot', 'learning_curves', 'limits_plot', 'weight_grid',
-           'weight_heatmap', 'costs', 'cost_plot', 'suite_figures', 'show_suite', 'compare']
+           'weight_heatmap', 'training_seconds', 'costs', 'cost_plot', 'suite_figures', 'show_suite', 'compare']
 
 # %% ../nbs/14_statistics.ipynb #c54542c7
 import io, json, re
@@ -676,9 +676,15 @@ def weight_heatmap(grid: pd.DataFrame) -> Figure:
     return _arranged(figure)
 
 # %% ../nbs/14_statistics.ipynb #be4b36a4
+def training_seconds(run: Run) -> float:
+    "The median step of log.csv times the steps, which a run that was resumed, or suspended in between, does not change; without a log what metrics.json says."
+    if not (run.folder/"log.csv").is_file(): return run.metrics["seconds"]["training"]
+    steps = pd.read_csv(run.folder/"log.csv").query("step > 0")
+    return float(steps.seconds.median() * steps.step.max())
+
 def costs(results: Results, suite: str) -> pd.DataFrame:
-    "Columns cell, seed, seconds (training), and each metric: a row a run."
-    return pd.DataFrame([dict(cell=c, seed=r.seed, seconds=r.metrics["seconds"]["training"]) | {m: float(sample([r], m).by_seed()[0]) for m in METRICS} for c, runs in results.cells(suite).items() for r in runs])
+    "Columns cell, seed, seconds (`training_seconds`), and each metric: a row a run."
+    return pd.DataFrame([dict(cell=c, seed=r.seed, seconds=training_seconds(r)) | {m: float(sample([r], m).by_seed()[0]) for m in METRICS} for c, runs in results.cells(suite).items() for r in runs])
 
 def cost_plot(frame: pd.DataFrame) -> Figure:
     "`costs`: wall-clock of the training against NLL and ROUGE-L, a dot a run, a cross for the mean of a cell."
@@ -687,7 +693,7 @@ def cost_plot(frame: pd.DataFrame) -> Figure:
         for (cell, part), colour in zip(frame.groupby("cell", sort=False), _colours(frame.cell)):
             ax.plot(part.seconds, part[metric], "o", ms=3, color=colour)
             ax.plot(part.seconds.mean(), part[metric].mean(), "X", ms=8, color=colour, label=cell)
-        ax.set(title=METRICS[metric].label, xlabel="seconds of training", ylabel=METRICS[metric].unit)
+        ax.set(title=METRICS[metric].label, xlabel="seconds of training (median step x steps)", ylabel=METRICS[metric].unit)
     axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     return _arranged(figure)
 

@@ -429,6 +429,10 @@ def test_small_png_is_a_png_with_few_colours(results):
     data = small_png(effect_plot(suite_effects(results, 'loss_weights')))
     assert Image.open(io.BytesIO(data)).mode == 'P' and len(data) < 20_000
 
+def test_a_suspended_step_is_not_counted_as_work(tmp_path):
+    add(tmp_path, 'spans', 'none', 0, log=dict(step=[0, 1, 2, 3, 4, 5], seconds=[None, 2., 3., 2., 1000., 2.]))
+    assert costs(read_results(tmp_path, SUITES), 'spans').seconds.tolist() == [10.]
+
 def test_costs_have_a_row_for_every_run(results): assert list(costs(results, 'loss_weights').groupby('cell').size()) == [3, 3, 3] and costs(results, 'loss_weights').seconds.unique() == [60]
 
 
