@@ -678,9 +678,8 @@ def weight_heatmap(grid: pd.DataFrame) -> Figure:
 # %% ../nbs/14_statistics.ipynb #be4b36a4
 def training_seconds(run: Run) -> float:
     "The median step of log.csv times the steps, which a run that was resumed, or suspended in between, does not change; without a log what metrics.json says."
-    if not (run.folder/"log.csv").is_file(): return run.metrics["seconds"]["training"]
-    steps = pd.read_csv(run.folder/"log.csv").query("step > 0")
-    return float(steps.seconds.median() * steps.step.max())
+    log = pd.read_csv(run.folder/"log.csv") if (run.folder/"log.csv").is_file() else pd.DataFrame()
+    return float(log.seconds.median() * log.step.max()) if "seconds" in log else run.metrics["seconds"]["training"]
 
 def costs(results: Results, suite: str) -> pd.DataFrame:
     "Columns cell, seed, seconds (`training_seconds`), and each metric: a row a run."
