@@ -224,6 +224,14 @@ def test_nbdev_clean_changes_no_notebook_and_keeps_the_parameters_tag(tmp_path):
     assert not changed, f'{changed}: run `make export`'
 
 
+def test_no_notebook_carries_the_state_of_its_widgets():
+    "Hundreds of kilobytes that no page shows: sliders live in a kernel."
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, as_version=4)
+        kinds = {kind for c in notebook.cells if c.cell_type == 'code' for o in c.outputs for kind in o.get('data', {})}
+        assert 'widgets' not in notebook.metadata and not any('widget' in kind for kind in kinds), path.name
+
+
 # ---- README and the files of the repository
 
 def test_readme_equals_its_notebook():

@@ -94,9 +94,9 @@ def processors(nbs):
     def still(cell):
         "A widget without its kernel is nothing to look at: its picture and its line of text stay. Progress bars go."
         if cell.cell_type == 'code':
-            cell.outputs = [o for o in cell.get('outputs', []) if o.get('name') != 'stderr']
-            for o in cell.get('outputs', []): o.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
-            cell.outputs = [o for o in cell.get('outputs', []) if o.get('data', True)]
+            outputs = [o for o in cell.get('outputs', []) if o.get('name') != 'stderr']
+            for o in outputs: o.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
+            cell.outputs = [o for o in outputs if o.get('data', True)]
 
     class Chapters(FilterDefaults):
         def base_procs(self):
