@@ -84,10 +84,11 @@ def dac_kl_numbers(position: str = POSITION, u: float = 0.95, l: float = 0.05, t
     'loss' and 'forward_kl' (nats), 'kept_mass', 'student_mass', 'kept_classes'; (V,) 'weight' and 'place' of each class; 'mask' at each of `PLACES`. `ValueError` unless 0 <= l <= u <= 1."""
     stored = positions()[position]
     log_q, log_p, clip = stored["log_q"], stored["log_p"], FixedClip(u, l, reading, temperature)
+    q, p = log_q.exp(), log_p.exp()
     loss, found = DACKL(clip, target, remainder)(log_q, log_p)
-    weight = class_weights(log_p, clip(log_q, log_p).mask, target)
+    weight = class_weights(log_p, clip(q, p).mask, target)
     return {"loss": loss.item(), "forward_kl": forward_kl(log_q, log_p).item(), "kept_mass": found["kept_mass"].item(), "kept_classes": found["kept_classes"].item(),
-            "student_mass": (weight.clamp(max=1) * log_q.exp()).sum().item(), "weight": weight[0], "place": quantile_interval(log_p.exp(), reading)[1][0],
+            "student_mass": (weight.clamp(max=1) * q).sum().item(), "weight": weight[0], "place": quantile_interval(p, reading)[1][0],
             "mask": clip_mask(PLACES[None], u, l, "value", temperature)[0], "position": position, "u": u, "l": l, "reading": reading}
 
 def dac_kl_text(numbers: dict) -> str:

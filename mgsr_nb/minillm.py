@@ -43,7 +43,7 @@ def make_policy(log_q: Tensor, log_p: Tensor, lengths: Sequence[int], alpha: flo
     rewards = log_p - log_q
     return Policy(log_q, importance(log_q, log_p, alpha), returns(rewards, lengths, normalise), returns(rewards, lengths, normalise, own=True))
 
-# %% ../nbs/08b_minillm.ipynb #0d4790a7
+# %% ../nbs/08b_minillm.ipynb #39209e2b
 class PolicyGradient(nn.Module):
     """MiniLLM's gradient (Eq. 7) as a term: the reverse KL of the next token, and the clipped policy gradient of what follows it.
 
@@ -56,7 +56,7 @@ class PolicyGradient(nn.Module):
     def forward(self, rows: Rows):
         if rows.policy is None: raise ValueError("PolicyGradient: these rows have no policy; `make_policy` makes one from a sample")
         gain = rows.policy.returns if self.single_step else rows.policy.whole
-        ratio = (rows.log_q.gather(-1, rows.labels[:, None]).squeeze(-1) - rows.policy.old_log_q).exp() * rows.policy.importance
+        ratio = (rows.label_log_q - rows.policy.old_log_q).exp() * rows.policy.importance
         clipped = gain * ratio.clamp(1 - self.clip, 1 + self.clip)
         # where nothing is clipped the two are equal, and each carries half of the gradient
         value, next_token = -torch.minimum(gain * ratio, clipped), reverse_kl.from_log_probs(rows.log_q, rows.log_p)

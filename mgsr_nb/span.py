@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'SPAN_KINDS', 'RELATIONS', 'split_words', 'phrase_spans', 'parsed_phrases', 'phrase_chunker', 'response_text',
-           'token_offsets', 'align_spans', 'scatter', 'special_ids', 'text_runs', 'SpanFinder', 'hadamard', 'cosine',
-           'outer', 'span_distance', 'span_loss', 'pair_weights']
+           'token_offsets', 'align_spans', 'scatter', 'special_ids', 'text_runs', 'SpanFinder', 'hadamard', 'pairs',
+           'cosine', 'outer', 'relation_of', 'span_distance', 'span_loss', 'pair_weights']
 
 # %% ../nbs/05_span.ipynb #2296160b
 import random, re
@@ -186,39 +186,43 @@ class SpanFinder:
         if self.kind == "phrases": return spans
         return scatter([b - a for a, b in spans], n, random.Random(f"{self.seed}/{ids}"))
 
-# %% ../nbs/05_span.ipynb #db632651
-def hadamard(log_q: Tensor, log_p: Tensor) -> Tensor:
-    "|| q_j o q_{j+1} - p_j o p_{j+1} ||_2 of neighbouring rows, (N,V) -> (N-1,). Eq. 9."
-    q, p = log_q.exp(), log_p.exp()
+# %% ../nbs/05_span.ipynb #bd1f6686
+def hadamard(q: Tensor, next_q: Tensor, p: Tensor, next_p: Tensor) -> Tensor:
+    "|| q_j o q_{j+1} - p_j o p_{j+1} ||_2 of probabilities and those of the rows after them, (N,V) each -> (N,). Eq. 9."
     # vector_norm has gradient 0 where the difference is 0; sqrt of a sum of squares has NaN there.
-    return torch.linalg.vector_norm(q[:-1] * q[1:] - p[:-1] * p[1:], dim=-1)
+    return torch.linalg.vector_norm(q * next_q - p * next_p, dim=-1)
 
-# %% ../nbs/05_span.ipynb #66eb9b60
+def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    "(N,V) -> the first and the second row of each pair of neighbours, (N-1,V) each."
+    return x[:-1], x[1:]
+
+# %% ../nbs/05_span.ipynb #95837e63
 def _root(x: Tensor) -> Tensor:
     "sqrt of x, 0 with gradient 0 where x is not above 0."
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.).sqrt(), 0.)
 
-def cosine(log_q: Tensor, log_p: Tensor) -> Tensor:
-    "|cos(q_j, q_{j+1}) - cos(p_j, p_{j+1})|, (N,V) -> (N-1,)."
-    q, p = log_q.exp(), log_p.exp()
+def cosine(q: Tensor, next_q: Tensor, p: Tensor, next_p: Tensor) -> Tensor:
+    "|cos(q_j, q_{j+1}) - cos(p_j, p_{j+1})|, (N,V) each -> (N,)."
     similarity = torch.nn.functional.cosine_similarity
-    return (similarity(q[:-1], q[1:], dim=-1) - similarity(p[:-1], p[1:], dim=-1)).abs()
+    return (similarity(q, next_q, dim=-1) - similarity(p, next_p, dim=-1)).abs()
 
-def outer(log_q: Tensor, log_p: Tensor) -> Tensor:
-    "Frobenius norm of q_j q_{j+1}^T - p_j p_{j+1}^T, (N,V) -> (N-1,), without the (V,V) matrices."
-    q, p = log_q.exp(), log_p.exp()
-    a, b, c, d = q[:-1], q[1:], p[:-1], p[1:]
+def outer(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    "Frobenius norm of q_j q_{j+1}^T - p_j p_{j+1}^T, (N,V) each -> (N,), without the (V,V) matrices. The arguments are those of `hadamard`, by the letters above."
     dot = lambda x, y: (x * y).sum(-1)
     return _root(dot(a, a) * dot(b - d, b - d) + dot(a - c, a - c) * dot(d, d) + 2 * dot(a, a - c) * dot(b - d, d))
 
-# %% ../nbs/05_span.ipynb #e1b88cb1
-RELATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"hadamard": hadamard, "cosine": cosine, "outer": outer}
+# %% ../nbs/05_span.ipynb #127221b3
+RELATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"hadamard": hadamard, "cosine": cosine, "outer": outer}
+
+def relation_of(name: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    "The relation of this name. Raises `ValueError` if there is none."
+    if name not in RELATIONS: raise ValueError(f"span_relation: {name!r} is unknown; allowed: {', '.join(RELATIONS)}")
+    return RELATIONS[name]
 
 def span_distance(log_q: Tensor, log_p: Tensor, relation: str = "hadamard") -> Tensor:
     "Distance of student and teacher on every pair of neighbouring rows, (N,V) log-probabilities -> (N-1,). Finite value and gradient, also at equality."
-    if relation not in RELATIONS: raise ValueError(f"span_relation: {relation!r} is unknown; allowed: {', '.join(RELATIONS)}")
-    return RELATIONS[relation](log_q, log_p)
+    return relation_of(relation)(*pairs(log_q.exp()), *pairs(log_p.exp()))
 
 # %% ../nbs/05_span.ipynb #4ed826fe
 def span_loss(log_q: Tensor, log_p: Tensor, spans: Sequence[tuple[int, int]], relation: str = "hadamard") -> Tensor:

@@ -205,6 +205,24 @@ def test_limits_may_be_numbers_scalars_or_one_per_token(reading, temperature):
     assert torch.equal(mixed[0], one[0]) and torch.equal(mixed[1], clip_mask(p, .3, .1, reading, temperature)[1]) and torch.equal(mixed[2], clip_mask(p, .8, .2, reading, temperature)[2])
 
 
+@readings
+@pytest.mark.parametrize('shape', [(), (3,)])
+def test_the_soft_mask_has_the_gradient_of_the_product_of_two_sigmoids(reading, shape):
+    p, slope = pair(3)[1].softmax(-1), torch.randn(3, 9, dtype=torch.float64)
+    def gradients(mask):
+        limits = [torch.full(shape, x, dtype=torch.float64, requires_grad=True) for x in (.4, .15)]
+        return torch.autograd.grad((slope * mask(*limits)).sum(), limits)
+    below, at_most = quantile_interval(p, reading)
+    by_autograd = gradients(lambda u, l: ((at_most - l[..., None]) / .05).sigmoid() * ((u[..., None] - below) / .05).sigmoid())
+    for found, expected in zip(gradients(lambda u, l: clip_mask(p, u, l, reading, .05)), by_autograd): close(found, expected)
+
+
+def test_a_limit_far_from_every_class_gets_no_rounding_noise_for_a_gradient():
+    p, u = torch.full((1, 1000), .001), torch.tensor([.95], requires_grad=True)     # float32: sigmoid(95) is 1
+    (clip_mask(p, u, .001, temperature=.01) * torch.rand(1, 1000)).sum().backward()
+    assert u.grad.item() == 0
+
+
 def test_a_negative_temperature_is_refused():
     with pytest.raises(ValueError, match='temperature'): clip_mask(WORDS, .9, .1, temperature=-.1)
 
@@ -662,7 +680,7 @@ def test_detach_student_cuts_the_path_through_f_sub_and_nothing_else():
     torch.nn.init.normal_(sub.mlp[-1].weight)
     def student_gradient(clip):
         z = zq.clone().requires_grad_()
-        subset_kl(log_probs(z), log_probs(zp), clip(log_probs(z), log_probs(zp)).mask).sum().backward()
+        subset_kl(log_probs(z), log_probs(zp), clip(z.softmax(-1), zp.softmax(-1)).mask).sum().backward()
         return z.grad
     constant = lambda q, p: Clip(LearnedClip(sub, temperature=.05)(q, p).mask.detach())
     close(student_gradient(LearnedClip(sub, temperature=.05)), student_gradient(constant))
@@ -672,12 +690,12 @@ def test_detach_student_cuts_the_path_through_f_sub_and_nothing_else():
 
 # ------------------------------------------------------------------------------------------------ clippers and the module
 def test_top_fraction_keeps_the_ceiling_and_ties():
-    mask = lambda f, v=100: TopFraction(f)(None, log_probs(pair(3, v)[1])).mask
+    mask = lambda f, v=100: TopFraction(f)(None, pair(3, v)[1].softmax(-1)).mask
     for fraction, count in [(.05, 5), (.07, 7), (.051, 6), (1., 100), (1e-6, 1)]: assert mask(fraction).sum(-1).tolist() == [count] * 3
     log_p = log_probs(pair(3, 100)[1])
-    assert (TopFraction(.05)(None, log_p).mask.bool() == (log_p >= log_p.sort(-1, descending=True).values[:, 4:5])).all()
-    assert TopFraction(.25)(None, WORDS.log()).mask.nonzero()[:, 1].tolist() == [1, 4]
-    assert TopFraction(.6)(None, WORDS.log()).mask.sum() == 6        # five asked for; the fifth is tied
+    assert (TopFraction(.05)(None, log_p.exp()).mask.bool() == (log_p >= log_p.sort(-1, descending=True).values[:, 4:5])).all()
+    assert TopFraction(.25)(None, WORDS).mask.nonzero()[:, 1].tolist() == [1, 4]
+    assert TopFraction(.6)(None, WORDS).mask.sum() == 6        # five asked for; the fifth is tied
     for wrong in (0., -1., 1.5):
         with pytest.raises(ValueError, match='fraction'): TopFraction(wrong)
 
@@ -688,7 +706,7 @@ def test_limits_are_returned_only_where_they_have_a_meaning():
     always, limits = {'kept_mass', 'kept_classes'}, {'clip_upper', 'clip_lower'}
     assert keys(LearnedClip(SubNetwork(9))) == keys(FixedClip()) == always | limits
     assert keys(TopFraction()) == keys(NoClip()) == always
-    fixed = FixedClip(.9, .1)(log_probs(zq), log_probs(zp))
+    fixed = FixedClip(.9, .1)(zq.softmax(-1), zp.softmax(-1))
     assert fixed.upper.tolist() == [.9] * 5 and fixed.lower.tolist() == [.1] * 5
 
 
@@ -700,7 +718,7 @@ def test_diagnostics_are_detached_and_count_a_class_at_most_once(clip, target):
     values, found = DACKL(clip, target)(log_probs(zq), log_probs(zp))
     assert values.shape == (5,) and values.requires_grad
     assert all(x.shape == (5,) and not x.requires_grad for x in found.values())
-    weight = class_weights(log_probs(zp), clip(log_probs(zq), log_probs(zp)).mask.detach(), 'none' if target == 'none' else 'once')
+    weight = class_weights(log_probs(zp), clip(zq.softmax(-1), zp.softmax(-1)).mask.detach(), 'none' if target == 'none' else 'once')
     close(found['kept_mass'], (weight * zp.softmax(-1)).sum(-1)); close(found['kept_classes'], weight.sum(-1))
     assert (found['kept_mass'] <= 1 + 1e-12).all() and (found['kept_classes'] <= 9).all()
 

@@ -4,17 +4,16 @@ import mgsr_nb.scrg as scrg
 import mgsr_nb.training as training
 from mgsr_nb.config import resolve
 from mgsr_nb.divergences import log_probs
-from mgsr_nb.objective import Evaluated, Objective, Rows
+from mgsr_nb.objective import Evaluated, Objective, whole_rows
 from mgsr_nb.training import Distilled, Trainer, prepare
 from tiny_runs import save_pair, tiny_parameters, without_dropout
 
 
 def dense(self, text, names, counts):
     "The objective as a textbook writes it: all logits, all terms, and autograd for the rest."
-    n, weight = len(text.labels), text.pair_weight
     log_q = log_probs(text.student_head(text.student_hidden)[..., :text.vocab])
     with torch.no_grad(): log_p = log_probs(text.teacher_head(text.teacher_hidden)[..., :text.vocab]) if text.teacher_head is not None else None
-    rows = Rows(log_q, log_p, text.labels, log_q.new_zeros(n) if weight is None else weight, log_q, log_p, text.policy)
+    rows = whole_rows(log_q, log_p, text.labels, text.pair_weight, text.policy)
     loss, sums, notes = 0., {}, {}
     for name in names:
         values, diagnostics = self.terms[name](rows)

@@ -6,13 +6,13 @@ from torch import nn
 from tiny_models import EOS, PAD, tiny_model
 from mgsr_nb.divergences import log_probs
 from mgsr_nb.minillm import Policy, PolicyGradient, importance, make_policy, returns
-from mgsr_nb.objective import Objective, Rows, Text
+from mgsr_nb.objective import Objective, Text, whole_rows
 from mgsr_nb.sampling import generate
 
 INF = math.inf
 each_form = pytest.mark.parametrize("single_step", [True, False])
 
-def rows_of(log_q, log_p, labels, policy): return Rows(log_q, log_p, labels, torch.zeros(len(labels)), log_q, log_p, policy)
+def rows_of(log_q, log_p, labels, policy): return whole_rows(log_q, log_p, labels, policy=policy)
 
 # --- returns by hand and by loops
 

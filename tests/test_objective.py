@@ -699,8 +699,8 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(name, chunk, block, heads
     "Each head sees a chunk and its right neighbour, once; each softmax is taken once a block, whatever the number of terms. The backward pass computes nothing."
     setting, terms, calls, softmaxes = with_head(name), everything(), {"head": [], "t_head": []}, []
     for which, seen in calls.items(): getattr(setting, which).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(len(args[0])))
-    log_probs = O.log_probs
-    monkeypatch.setattr(O, "log_probs", lambda z: softmaxes.append(len(z)) or log_probs(z))
+    softmax_and_log = O.softmax_and_log
+    monkeypatch.setattr(O, "softmax_and_log", lambda z: softmaxes.append(len(z)) or softmax_and_log(z))
     loss = objective(terms, chunk, block)(setting.text(), list(terms), COUNTS).loss
     loss.backward()
     assert calls["head"] == calls["t_head"] == heads and softmaxes == [n for n in blocks for _ in range(2)]
@@ -753,9 +753,10 @@ def test_rows_are_the_blocks_and_their_right_neighbours(chunk, block):
         n = len(r.labels)
         assert 0 < n <= largest and r.policy is None
         assert torch.equal(r.labels, setting.ids[start:start + n]) and torch.equal(r.pair_weight, setting.pair_weight[start:start + n])
-        for whole, own, pairs in ((log_q, r.log_q, r.pair_log_q), (log_p, r.log_p, r.pair_log_p)):
-            close(own, whole[start:start + n])
-            close(pairs, whole[start:start + n + 1])        # one row fewer only at the very end
+        close(r.label_log_q, log_q[range(start, start + n), r.labels])
+        for whole, log_own, own, after in ((log_q, r.log_q, r.q, r.next_q), (log_p, r.log_p, r.p, r.next_p)):
+            close(log_own, whole[start:start + n]); close(own, whole[start:start + n].exp())
+            close(after, whole[start + 1:start + n + 1].exp())        # one row fewer only at the very end
         start += n
     assert start == N
 

@@ -10,7 +10,7 @@ from mgsr_nb.config import METHODS, open_run, resolve
 from mgsr_nb.data import labels, supervised
 from mgsr_nb.minillm import PolicyGradient, make_policy
 from mgsr_nb.models import head, hidden_states, load_model
-from mgsr_nb.objective import Rows
+from mgsr_nb.objective import whole_rows
 from mgsr_nb.span import pair_weights
 from mgsr_nb.training import Trainer, by_length, micro_batches, prepare, run
 
@@ -282,7 +282,7 @@ def test_an_update_of_minillm_has_the_gradient_of_its_term_on_dense_logits(train
         for i, p in enumerate(student.parameters()): p.add_(0.05 * torch.sin(torch.arange(p.numel(), dtype=p.dtype) + i).reshape(p.shape))
     policy = make_policy(old, pick(log_p), lengths, c.teacher_mix, c.pg_length_norm)
     log_q = dense_rows(student, text.pairs, t.setup.vocab)
-    values, notes = PolicyGradient(c.pg_clip, c.pg_single_step)(Rows(log_q, log_p, ids, torch.zeros(len(ids)), log_q, log_p, policy))
+    values, notes = PolicyGradient(c.pg_clip, c.pg_single_step)(whole_rows(log_q, log_p, ids, policy=policy))
     truth = [(e.prompt_ids, e.response_ids) for e in examples]
     nll = -dense_rows(student, truth, t.setup.vocab).gather(-1, torch.tensor([i for _, y in truth for i in y])[:, None]).mean()
     names, weights = zip(*student.named_parameters())
