@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 from .config import project_root
 
-# %% ../nbs/12_performance.ipynb #4175b106
+# %% ../nbs/12_performance.ipynb #71eacc89
 def measured(part: str, folder: str | Path = "") -> pd.DataFrame:
-    "The rows that `tools/bench.py` wrote for `part` (loss, growth, scrg, step), by case. Raises `FileNotFoundError` with the command that makes them."
+    "The rows that `tools/bench.py` wrote for `part` (loss, growth, scrg, step; profile is of `tools/profile_objective.py`), by case. Raises `FileNotFoundError` with the command that makes them."
     path = (Path(folder) if folder else project_root()/"runs"/"performance")/f"{part}.csv"
     if not path.is_file(): raise FileNotFoundError(f"{path} does not exist: `make performance` writes it")
     return pd.read_csv(path).set_index("case")

@@ -136,6 +136,25 @@ def test_our_case_is_the_method_with_its_defaults(monkeypatch):
     assert any(p.requires_grad for p in objective.parameters())
 
 
+def test_the_variants_change_one_thing_each():
+    "Blocks change no number; without the span term, or with a fixed clip, the value is another."
+    o = options('loss', '--chunk-tokens', '16', '--hidden', '6', '--cases', ','.join(c for c in bench.CASES['loss'] if c.startswith('mgsr') and not c.startswith('mgsr_nb')))
+    values = bench.measure_time(o, (48, 96))['values']
+    assert values.pop('mgsr_block_4') == pytest.approx(values['mgsr'], rel=1e-5) == pytest.approx(values.pop('mgsr_block_64'), rel=1e-5)
+    assert len(values) == 3 and values['mgsr_without_span'] < values['mgsr'] != pytest.approx(values['mgsr_fixed_clip'], rel=1e-5)
+
+
+def test_the_profile_has_every_kind_of_operation(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import profile_objective
+    out = tmp_path/'new'/'profile.csv'
+    profile_objective.main(['--out', str(out), '--rounds', '2', '--threads', '1', '--rows', '48', '--vocab', '96', '--hidden', '6', '--chunk-tokens', '16'])
+    with open(out, newline='') as f: rows = list(csv.DictReader(f))
+    kinds = {r['kind']: float(r['calls']) for r in rows if r['case'] == 'mgsr'}
+    assert kinds.keys() == {*profile_objective.KINDS, 'element by element'} and {r['case'] for r in rows} == {'mgsr', 'mgsr_nb_forward_kl', 'dense_forward_kl'}
+    assert all(float(r['seconds']) > 0 for r in rows) and kinds['top k'] == 2 * 48 / 16      # of both models, once a block of 16
+
+
 def pair_options(part, local_models, *more):
     teacher, student = local_models['llama']
     return options(part, '--teacher', teacher, '--student', student, '--batch', '2', '--prompt-tokens', '20', '--new-tokens', '6', *more)

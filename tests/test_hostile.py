@@ -3,7 +3,7 @@ import copy, json, math, subprocess, sys
 import pytest, torch
 from torch import nn
 from tiny_runs import save_pair, tiny_parameters
-from mgsr_nb import training as T
+from mgsr_nb import objective as O, training as T
 from mgsr_nb.data import DataError, encode, load_eval_set, read_jsonl
 from mgsr_nb.config import resolve
 from mgsr_nb.objective import Objective, Text
@@ -187,11 +187,11 @@ def test_one_logit_that_is_no_number_ends_the_step_with_its_number_and_the_term(
     t = trainer("llama", **{**WEIGHTS, f"{name}_weight": 1., "scrg": False, "spans": "fixed", "span_length": 2, "sampling": "on_policy" if name == "pg" else "fixed"})
     t.step()
     assert name in t.step()
-    inner, once = T.Text.rows, []
-    def poisoned(self, start, stop, logits, teacher):
+    inner, once = O.Student, []
+    def poisoned(logits, labels, gradients):
         if not once: once.append(logits.data[0, 3].fill_(value))
-        return inner(self, start, stop, logits, teacher)
-    monkeypatch.setattr(Text, "rows", poisoned)
+        return inner(logits, labels, gradients)
+    monkeypatch.setattr(O, "Student", poisoned)
     with pytest.raises(T.TrainingError) as e: t.step()
     named = str(e.value).split(" not finite")[0].removeprefix("step 3: ").split(", ")
     assert once and str(e.value).startswith("step 3: ") and {"loss", name} <= set(named) and t.progress.step == 2

@@ -26,3 +26,8 @@ def test_the_committed_measurements_are_whole(part):
     assert table[['machine', 'torch', 'threads', 'device']].drop_duplicates().shape[0] == 1 and (table.seconds_median > 0).all() and table.seconds_min.le(table.seconds_median).all()
     for _, of, cases, bases, column, _ in BARS:
         if of == part: assert against(table, cases, bases, column) > 0
+
+def test_the_committed_profile_is_of_the_same_size_as_the_measurements():
+    table, loss = measured('profile'), measured('loss')
+    assert {'mgsr', 'dense_forward_kl'} <= set(table.index) and (table.seconds > 0).all()
+    assert (table[['N', 'V', 'H', 'threads', 'torch']].drop_duplicates().values == loss[['N', 'V', 'H', 'threads', 'torch']].drop_duplicates().values).all()

@@ -94,12 +94,18 @@ def dense_forward_kl(x):
         return x.backward(F.kl_div(log_q, log_p, reduction='batchmean', log_target=True))
     return step
 
+@case('loss', 'mgsr_block_64', 'dense_forward_kl', block_rows=64)
+@case('loss', 'mgsr_block_4', 'dense_forward_kl', block_rows=4)
+@case('loss', 'mgsr_fixed_clip', 'dense_forward_kl', clip='fixed_quantile', mask_temperature=0.)
+@case('loss', 'mgsr_without_span', 'dense_forward_kl', span_weight=0.)
 @case('loss', 'mgsr', 'dense_forward_kl')
-def mgsr(x):
-    "The whole objective with its default parameters: NLL, DAC-KL with a learned clip, and the span loss."
+def mgsr(x, block_rows=0, **parameters):
+    "The whole objective with its default parameters: NLL, DAC-KL with a learned clip, and the span loss. The other cases change one thing each."
     from mgsr_nb.config import resolve
     from mgsr_nb.training import make_objective
-    return ours(x, make_objective(resolve(chunk_tokens=x.o.chunk_tokens), x.vocab))
+    objective = make_objective(resolve(chunk_tokens=x.o.chunk_tokens, **parameters), x.vocab)
+    objective.block_rows = block_rows
+    return ours(x, objective)
 
 @case('loss', 'mgsr_nb_jsd', 'dense_forward_kl', divergence='jsd')
 @case('loss', 'mgsr_nb_forward_kl', 'dense_forward_kl', divergence='forward_kl')
