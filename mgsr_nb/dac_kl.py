@@ -87,7 +87,7 @@ def class_weights(log_p: Tensor,          # (N, V) teacher log-probabilities
     "The weight of each class in the subset: the mask, with the teacher's most likely class set to 1, appended, or left out (paper Eq. 7)."
     _one_of('target', target, TARGETS)
     best = log_p.detach().clone()
-    best.eq_(best.amax(-1, keepdim=True))     # 1 and 0 as floats: a CPU compares and selects several times as slowly with booleans
+    best.eq_(best.amax(-1, keepdim=True))     # 1 and 0 as floats: a CPU compares and selects more slowly with booleans
     if target == 'twice': return mask + best
     return torch.lerp(mask, best, best) if target == 'once' else mask * (1 - best)   # lerp: where best is 1, that 1, and the mask elsewhere
 
