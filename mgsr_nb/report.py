@@ -409,12 +409,16 @@ def _open_text(pairs: dict[str, Estimate], metric: str = DECIDING) -> str:
     why = f" (the rule asks for {MIN_SEEDS} training seeds, there {'is' if few == 1 else 'are'} {few})" if few < MIN_SEEDS else ""
     return f" {len(names)} of {len(pairs)} not resolved{why}; their intervals reach to {_largest(pairs, names, metric)}."
 
-def _in_rouge(results: Results, suite: str, pairs: Sequence[tuple[str, str]]) -> str:
-    "How many of the same comparisons ROUGE-L resolves, and how wide its intervals are."
-    found = {f"{a} {b}": paired(results, suite, a, b, "rouge_l") for a, b in pairs}
-    counts = _counts(found)
+def _in_rouge(results: Results, suite: str, pairs: dict[str, tuple[str, str]]) -> str:
+    "Which of the same comparisons ROUGE-L resolves, where it contradicts the NLL, and how wide its intervals are. `pairs`: {name: (cell, other cell)}."
+    found, by_nll = ({name: paired(results, suite, a, b, metric) for name, (a, b) in pairs.items()} for metric in ("rouge_l", DECIDING))
+    counts, opposite = _counts(found), {"better": "worse", "worse": "better"}
+    resolved = {n: d for n, d in found.items() if n not in counts["open"]}
+    against = [n for side, other in opposite.items() for n in counts[side] if n in _counts(by_nll)[other]]
     width = np.mean([d.high - d.low for d in found.values()]) / 2
-    return f"ROUGE-L resolves {len(found) - len(counts['open'])} of the {len(found)} comparisons: its intervals are ±{width:.1f} points wide on average."
+    return (f"ROUGE-L resolves {len(resolved)} of the {len(found)} comparisons, with intervals ±{width:.1f} points wide on average"
+            + (f": {_pair_texts(resolved, 'rouge_l')}." if resolved else ".")
+            + (f" **The two metrics contradict each other** for {_listed(against)}: the rule, written before the runs, goes by the NLL; the paper goes by ROUGE-L." if against else ""))
 
 # %% ../nbs/14_statistics.ipynb #1a373b58
 def _weights(run: Run) -> tuple[float, float]:
@@ -435,7 +439,7 @@ def weights_answer(results: Results, suite: str = "loss_weights") -> str:
     parts = [_verdict_on_balance(balance) if balance else "No other balance was run.",
              f"NLL of the reference responses, nats a token better than with (dac, span) = (1, 1): {_pair_texts(balance)}.{_open_text(balance)}" if balance else "",
              f"KL to the teacher, likewise: {_pair_texts(in_kl, 'kl')}." if balance else "", SHARE_OF_SFT if balance else "",
-             f"Leaving a loss out: {_pair_texts(without)}.{_open_text(without)}" if without else "", _in_rouge(results, suite, [(c, reference) for c in pairs])]
+             f"Leaving a loss out: {_pair_texts(without)}.{_open_text(without)}" if without else "", _in_rouge(results, suite, {names[c]: (c, reference) for c in pairs})]
     return f"{title} {' '.join(p for p in parts if p)} ({_size(results, suite)}; 95 % intervals.)"
 
 def _verdict_on_balance(balance: dict[str, Estimate]) -> str:
@@ -456,13 +460,14 @@ def clipping_pairs(results: Results, suite: str = "fixed_clipping") -> dict[str,
 
 def clipping_answer(results: Results, suite: str = "fixed_clipping") -> str:
     "One paragraph of Markdown: does the learned clipping beat fixed clipping?"
-    title, wanted = "**Does the learned clipping beat fixed clipping?**", clipping_pairs(results, suite) if results.cells(suite) else {}
-    pairs = {f"`{c}`": d for c, rival in wanted.items() if (d := paired(results, suite, rival, c))}
+    title, fixed = "**Does the learned clipping beat fixed clipping?**", clipping_pairs(results, suite) if results.cells(suite) else {}
+    against = lambda rivals: {f"`{c}`": d for c, rival in rivals.items() if (d := paired(results, suite, rival, c))}
+    pairs = against(fixed)
     if not pairs: return f"{title} Not run yet: `mgsr-ablate {suite} --seeds {MIN_SEEDS}`."
-    reference = results.described(suite).reference
-    unclipped = {f"`{c}`": d for c, runs in results.cells(suite).items() if runs[0].metrics["config"]["clip"] == "none" and (d := paired(results, suite, reference, c))}
+    none = {c: results.described(suite).reference for c, runs in results.cells(suite).items() if runs[0].metrics["config"]["clip"] == "none"}
+    unclipped = against(none)
     parts = [_verdict_on_clipping(pairs), f"NLL of the reference responses, nats a token that learned limits are better than fixed ones: {_pair_texts(pairs)}.{_open_text(pairs)}",
-             f"Than no clipping at all: {_pair_texts(unclipped)}." if unclipped else "", _in_rouge(results, suite, [(r, c) for c, r in wanted.items()]), where_limits_ended(results, suite)]
+             f"Than no clipping at all: {_pair_texts(unclipped)}." if unclipped else "", _in_rouge(results, suite, {f"`{c}`": (r, c) for c, r in (fixed | none).items() if f"`{c}`" in pairs | unclipped}), where_limits_ended(results, suite)]
     return f"{title} {' '.join(p for p in parts if p)} ({_size(results, suite)}; 95 % intervals.)"
 
 def _verdict_on_clipping(pairs: dict[str, Estimate]) -> str:
@@ -594,26 +599,27 @@ GPT2 = {"Ours": (26.56, 13.12, 17.68, 24.70, 27.40, 21.89), "DistiLLM": (25.61, 
 # %% ../nbs/14_statistics.ipynb #592017d0
 DPI = 80
 
-def _axes(columns: int, width: float, height: float, **more):
-    "A row of axes without top and right lines."
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), dpi=DPI, squeeze=False, **more)
-    for ax in axes[0]: ax.spines[["top", "right"]].set_visible(False)
+def _axes(columns: int, width: float, height: float, rows: int = 1, **more):
+    "Axes without top and right lines, row by row."
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), dpi=DPI, squeeze=False, **more)
+    for ax in axes.flat: ax.spines[["top", "right"]].set_visible(False)
     plt.close(figure)                     # it is returned, not shown twice
-    return figure, axes[0]
+    return figure, axes.flat
 
 def _colours(cells) -> list: return sns.color_palette("tab10" if len(set(cells)) <= 10 else "husl", len(set(cells)))
 
-def _arranged(figure: Figure) -> Figure:
-    "The figure, laid out once."
+def _finished(figure: Figure, words: str) -> Figure:
+    "The figure, laid out once, with what it shows in words."
     figure.tight_layout()
+    figure.set_label(words)
     return figure
 
 def small_png(figure: Figure) -> bytes:
-    "The figure as a PNG of 64 colours, which takes a third of the space in a notebook."
+    "The figure as a PNG of 128 colours, which takes a third of the space in a notebook. They are chosen to cover what is drawn: the usual choice, by area, would spend them on shades of the bands and paint a thin line in another line's colour."
     from PIL import Image       # comes with matplotlib
     canvas, small = FigureCanvasAgg(figure), io.BytesIO()
     canvas.draw()               # once; savefig draws twice
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64).save(small, format="png", optimize=True)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE).save(small, format="png", optimize=True)
     return small.getvalue()
 
 # %% ../nbs/14_statistics.ipynb #92cf623a
@@ -630,21 +636,27 @@ def effect_plot(effects: pd.DataFrame, reference: str = "the reference") -> Figu
         ax.set(title=m.label, xlabel=f"{m.unit} better than {reference}", yticks=range(len(cells)), yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
         ax.locator_params(axis="x", nbins=4)
         ax.xaxis.label.set_size(8)
-    return _arranged(figure)
+    return _finished(figure, f"How much better than {reference} each of {len(cells)} cells is, by NLL, KL and ROUGE-L: means with 95 % intervals and the training seeds as dots. The table of effects has the numbers.")
 
 # %% ../nbs/14_statistics.ipynb #3fb39710
-def learning_curves(log: pd.DataFrame) -> Figure:
-    "Validation NLL and KL from `suite_logs`: a line a cell, the band from the lowest to the highest seed."
+def learning_curves(log: pd.DataFrame, reference: str) -> Figure:
+    """Validation NLL and KL from `suite_logs`, a line a cell, mean over seeds. Below: how much better than the reference on the same seed,
+    with the band from the worst to the best seed. It is narrow where seeds differ in the same way for every cell, which the upper row hides."""
     checked = log[log.validation_nll.notna()]
-    figure, axes = _axes(2, 9, 3.2)
-    for ax, key in zip(axes, ("validation_nll", "validation_kl")):
-        for (cell, part), colour in zip(checked.groupby("cell", sort=False), _colours(checked.cell)):
-            seeds = part.groupby("step")[key]
-            ax.plot(seeds.mean(), "o-", ms=3, color=colour, label=cell)
-            ax.fill_between(seeds.min().index, seeds.min(), seeds.max(), color=colour, alpha=0.15, lw=0)
-        ax.set(title=key.replace("_", " ").replace("nll", "NLL").replace("kl", "KL to the teacher"), xlabel="step", ylabel="nats a token")
+    cells = list(dict.fromkeys(checked.cell))
+    figure, axes = _axes(2, 9, 5.6, rows=2, sharex=True)
+    for column, (key, name) in enumerate((("validation_nll", "validation NLL"), ("validation_kl", "validation KL to the teacher"))):
+        values = checked.pivot(index=["step", "seed"], columns="cell", values=key).reindex(columns=list(dict.fromkeys([*cells, reference])))
+        over, under = axes[column], axes[column + 2]
+        for cell, colour in zip(cells, _colours(cells)):
+            over.plot(values[cell].groupby("step").mean(), "o-", ms=3, color=colour, label=cell)
+            seeds = (values[reference] - values[cell]).dropna().groupby("step")
+            under.plot(seeds.mean(), "o-", ms=3, color=colour)
+            under.fill_between(seeds.min().index, seeds.min(), seeds.max(), color=colour, alpha=0.15, lw=0)
+        over.set(title=name, ylabel="nats a token")
+        under.set(xlabel="step", ylabel=f"better than {reference}")
     axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    return _arranged(figure)
+    return _finished(figure, f"Learning curves of {len(cells)} cells: validation NLL and KL to the teacher by step, and how much better than {reference} each cell is on the same seed. The table of scores has the last values.")
 
 def limits_plot(log: pd.DataFrame) -> Figure:
     "The learned limits u and l from `suite_logs`, a panel a cell: the mean over seeds, one standard deviation over the tokens of a step, and the mass that is kept."
@@ -659,7 +671,8 @@ def limits_plot(log: pd.DataFrame) -> Figure:
         ax.plot(mean.index, mean.kept_mass, ":", color="gray", label="kept mass")
         ax.set(title=cell, xlabel="step", ylim=(-0.05, 1.05))
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    return _arranged(figure)
+    last = own.groupby("cell", sort=False)[["clip_upper", "clip_lower", "kept_mass"]].agg(lambda x: x.iloc[-1])
+    return _finished(figure, "The learned limits by step, at the end of the last seed: " + "; ".join(f"{cell} u = {u:.2f}, l = {low:.2f}, kept mass {kept:.2f}" for cell, u, low, kept in last.itertuples()) + ".")
 
 # %% ../nbs/14_statistics.ipynb #83bfad92
 def weight_grid(results: Results, suite: str = "loss_weights") -> pd.DataFrame:
@@ -673,7 +686,8 @@ def weight_heatmap(grid: pd.DataFrame) -> Figure:
         table = grid.pivot(index="dac", columns="span", values=metric).sort_index(ascending=False)
         sns.heatmap(table, annot=True, fmt=f".{METRICS[metric].digits}f", cmap=colours, cbar=False, ax=ax)
         ax.set(title=METRICS[metric].label, xlabel="span weight", ylabel="DAC weight")
-    return _arranged(figure)
+    best = grid.loc[grid.nll.idxmin()]
+    return _finished(figure, f"The grid of the weights as heat maps of NLL and ROUGE-L. The lowest NLL is {best.nll:.3f} at DAC weight {best.dac:g} and span weight {best.span:g}.")
 
 # %% ../nbs/14_statistics.ipynb #be4b36a4
 def training_seconds(run: Run) -> float:
@@ -694,7 +708,8 @@ def cost_plot(frame: pd.DataFrame) -> Figure:
             ax.plot(part.seconds.mean(), part[metric].mean(), "X", ms=8, color=colour, label=cell)
         ax.set(title=METRICS[metric].label, xlabel="seconds of training (median step x steps)", ylabel=METRICS[metric].unit)
     axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    return _arranged(figure)
+    mean = frame.groupby("cell").seconds.mean()
+    return _finished(figure, f"NLL and ROUGE-L against the seconds of training, a dot a run and a cross a cell: from {mean.min():.0f} seconds ({mean.idxmin()}) to {mean.max():.0f} ({mean.idxmax()}) on average.")
 
 # %% ../nbs/14_statistics.ipynb #793b3b86
 LIMITS_SHOWN = ("fixed_clipping", "f_sub")     # the suites whose cells change what is learned about the limits
@@ -705,7 +720,7 @@ def suite_figures(results: Results, suite: str) -> list[Figure]:
     effects, log, kind = suite_effects(results, suite), suite_logs(results, suite), suite.split("+")[0]
     found = [effect_plot(effects, results.described(suite).reference)] if len(effects) else []
     if kind == "loss_weights": found.append(weight_heatmap(weight_grid(results, suite)))
-    if "validation_nll" in log: found.append(learning_curves(log))
+    if "validation_nll" in log: found.append(learning_curves(log, results.described(suite).reference))
     if kind in LIMITS_SHOWN and "clip_upper" in log and ((log["clip"] == "learned") & log.clip_upper.notna()).any(): found.append(limits_plot(log))
     return found + [cost_plot(costs(results, suite))]
 
@@ -714,7 +729,7 @@ def show_suite(results: Results, suite: str) -> None:
     from IPython.display import Image, Markdown, display
     figures = suite_figures(results, suite)
     said = [Markdown("In the figures: a bar is a 95 % interval, a dot one training seed. In the grid of the weights darker is better.")] if figures else []
-    display(Markdown(suite_markdown(results, suite)), *said, *(Image(small_png(f), format="png") for f in figures))
+    display(Markdown(suite_markdown(results, suite)), *said, *(Image(small_png(f), format="png", alt=f.get_label()) for f in figures))
 
 # %% ../nbs/14_statistics.ipynb #6b6c64a2
 def compare(first: str | Path, second: str | Path) -> pd.DataFrame:

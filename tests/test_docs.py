@@ -83,12 +83,13 @@ def site(tmp_path_factory):
 class Page(html.parser.HTMLParser):
     def __init__(self, path):
         super().__init__()
-        self.ids, self.links = set(), []
+        self.ids, self.links, self.pictures = set(), [], []
         self.feed(path.read_text(encoding='utf-8'))
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         if attrs.get('id'): self.ids.add(attrs['id'])
         self.links += [attrs[k] for k in ('href', 'src') if attrs.get(k)]
+        if tag == 'img': self.pictures.append(attrs.get('alt') or '')
 
 @pytest.fixture(scope='module')
 def pages(site): return {p.name: Page(p) for p in sorted(site.glob('*.html'))}
@@ -114,6 +115,11 @@ def test_equations_and_functions_link_to_each_other(site, pages):
             module, name = symbol.split('.')[1:]
             assert f'{module}.html#{name.lower()}' in pages['equations.html'].links, symbol
             for n in row['numbers']: assert f'equations.html#eq-{n}' in pages[f'{module}.html'].links, (symbol, n)
+
+def test_every_picture_says_in_words_what_it_shows(pages):
+    shown = {name: page.pictures for name, page in pages.items() if page.pictures}
+    assert len(shown['report.html']) >= 9 and len(shown['dac_kl.html']) == 4
+    assert not [(name, alt) for name, pictures in shown.items() for alt in pictures if len(alt.split()) < 8]
 
 def test_sidebar_is_in_reading_order(site):
     sidebar = re.search(r'<nav id="quarto-sidebar".*?</nav>', (site/'index.html').read_text(encoding='utf-8'), re.S)[0]

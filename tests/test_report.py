@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import nbformat, numpy as np, pandas as pd, pytest
 import matplotlib; matplotlib.use('agg')
+from matplotlib.colors import to_rgb
 from mgsr_nb.config import write_json
 from mgsr_nb import report
 from mgsr_nb.report import (BEFORE, FAILS, HOLDS, METRICS, NOT_RUN, OPEN, TEACHER, Estimate, Results, Sample, best_cell, better_by, claims_sentence, clipping_answer, clipping_pairs, costs, draws_of,
@@ -42,11 +43,11 @@ def two_sets(shift=0., seed=0, kl=0., rouge=0.):
     up = shift + 0.1 * seed
     return {'a': dict(nll=[1 + up, 5 + up], kl=[0.5 + kl] * 2, rouge_l=[10. + rouge, 20. + rouge], tokens=[3, 1]), 'b': dict(nll=[2 + up, 4 + up], kl=[0.5 + kl] * 2, rouge_l=[30. + rouge] * 2, tokens=[5, 5])}
 
-def add(runs, suite, cell, seed, shift=0., log=None, **more):
+def add(runs, suite, cell, seed, shift=0., log=None, rouge=0., **more):
     config = dict(preset='laptop-dolly', teacher='t', max_steps=24)
     if cell in WEIGHTS: config |= dict(zip(('dac_weight', 'span_weight'), WEIGHTS[cell]))
     if cell in CLIPS: config |= dict(zip(('clip', 'clip_reading'), CLIPS[cell]))
-    folder = write_toy_run(runs, suite, cell, seed, two_sets(shift, seed), config=config, machine=dict(precision='bfloat16', torch='2.9', device_type='cpu', threads=2),
+    folder = write_toy_run(runs, suite, cell, seed, two_sets(shift, seed, rouge=rouge), config=config, machine=dict(precision='bfloat16', torch='2.9', device_type='cpu', threads=2),
                            data=dict(notes=['uinst: NOT its set']), **more)
     if log is not None: pd.DataFrame(log).to_csv(folder/'log.csv', index=False)
     return folder
@@ -311,6 +312,12 @@ def test_weights_answer_when_the_balance_matters(results):
     assert 'Yes, at this scale: (1, 0.5) is better than (1, 1).' in text and '(1, 0.5) +0.200 [+0.200, +0.200] (better)' in text
     assert 'Leaving a loss out: (1, 0) -0.300 [-0.300, -0.300] (worse)' in text and '3 of 3 cells, 3 training seeds, 4 prompts of 2 sets' in text and 'ROUGE-L resolves 0 of the 2' in text
 
+def test_answer_says_where_the_two_metrics_contradict_each_other(tmp_path):
+    for cell, shift, rouge in (('learned', .1, 5.), ('quantile', 0., 0.)):
+        for seed in range(3): add(tmp_path, 'fixed_clipping', cell, seed, shift, rouge=rouge)
+    text = clipping_answer(read_results(tmp_path, SUITES))
+    assert 'ROUGE-L resolves 1 of the 1' in text and '`quantile` +5.0' in text and 'contradict each other** for `quantile`' in text
+
 def test_weights_answer_when_only_leaving_out_matters(tmp_path):
     weights(tmp_path, half=0.)
     text = weights_answer(read_results(tmp_path, SUITES))
@@ -428,6 +435,32 @@ def test_small_png_is_a_png_with_few_colours(results):
     from PIL import Image
     data = small_png(effect_plot(suite_effects(results, 'loss_weights')))
     assert Image.open(io.BytesIO(data)).mode == 'P' and len(data) < 20_000
+
+def test_small_png_keeps_the_colour_of_every_line():
+    from PIL import Image
+    steps, cells = [0, 12, 24], list('abcdefgh')
+    log = pd.DataFrame([dict(step=t, cell=c, seed=seed, validation_nll=3 - t / 50 * k - .3 * seed * t / 24, validation_kl=1 - t / 90 * k)
+                        for k, c in enumerate(cells) for seed in range(3) for t in steps])
+    figure = learning_curves(log, 'a')
+    shown = np.asarray(Image.open(io.BytesIO(small_png(figure))).convert('RGB')).reshape(-1, 3).astype(int)
+    for line in figure.axes[0].lines:
+        wanted = np.array([round(255 * x) for x in to_rgb(line.get_color())])
+        assert np.abs(shown - wanted).max(1).min() <= 20, line.get_label()
+
+def test_learning_curves_show_the_paired_difference():
+    log = pd.DataFrame([dict(step=t, cell=c, seed=seed, validation_nll=4 + seed - d * t, validation_kl=2 - d * t) for c, d in (('a', 0), ('b', .1)) for seed in (0, 1) for t in (0, 5)])
+    nll, kl, better_nll, better_kl = learning_curves(log, 'a').axes
+    assert [list(line.get_ydata()) for line in nll.lines] == [[4.5, 4.5], [4.5, 4.]]
+    for ax in (better_nll, better_kl): np.testing.assert_allclose([line.get_ydata() for line in ax.lines], [[0, 0], [0, .5]])
+    np.testing.assert_allclose(better_nll.collections[1].get_paths()[0].vertices[:, 1].max(), .5)      # the seeds differ by 1, their differences do not
+
+def test_learning_curves_without_runs_of_the_reference():
+    log = pd.DataFrame([dict(step=t, cell='b', seed=0, validation_nll=4 - t, validation_kl=2) for t in (0, 1)])
+    figure = learning_curves(log, 'a')
+    assert list(figure.axes[0].lines[0].get_ydata()) == [4, 3] and len(figure.axes[2].lines[0].get_ydata()) == 0
+
+def test_every_figure_of_a_suite_says_what_it_shows(results):
+    assert all(len(f.get_label().split()) > 10 for f in suite_figures(results, 'loss_weights'))
 
 def test_a_suspended_step_is_not_counted_as_work(tmp_path):
     add(tmp_path, 'spans', 'none', 0, log=dict(step=[0, 1, 2, 3, 4, 5], seconds=[None, 2., 3., 2., 1000., 2.]))

@@ -3,7 +3,7 @@
 nbdev processes the notebooks and asks the library for signatures and docstrings; no cell is executed. smalldocs lays out the pages, KaTeX (in
 tools/katex, as its authors publish it) renders the formulas. Run it with `make docs`, or `python tools/docs.py --out FOLDER`.
 """
-import argparse, ast, importlib, json, os, re, shutil, time
+import argparse, ast, html, importlib, json, os, re, shutil, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,10 +98,16 @@ def processors(nbs):
             for o in outputs: o.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
             cell.outputs = [o for o in outputs if o.get('data', True)]
 
+    def in_words(cell):
+        "A picture that was displayed with its text alternative keeps it; one that a cell draws takes the cell's `fig-alt`."
+        for o in cell.get('outputs', []):
+            alt = o.get('metadata', {}).get('image/png', {}).get('alt')
+            if alt: o['data'] = {'text/html': f'<img src="data:image/png;base64,{"".join(o["data"]["image/png"]).strip()}" class="img-fluid" alt="{html.escape(alt)}">'}
+
     class Chapters(FilterDefaults):
         def base_procs(self):
             ours = {add_show_docs: [add_show_docs, in_order], rm_export: [fold_export], exec_show_docs: [show_library]}
-            return [q for p in super().base_procs() for q in ours.get(p, [p])] + [tidy_docs, still]
+            return [q for p in super().base_procs() for q in ours.get(p, [p])] + [tidy_docs, still, in_words]
     return Chapters
 
 def processed(nbs, workers=0):

@@ -18,6 +18,7 @@ DIRECTIVE = re.compile(r'^#\|\s*(.*?)\s*$', re.M)
 FENCE = re.compile(r'(^```.*?^```[^\n]*$|`[^`\n]+`)', re.M | re.S)
 LINK = re.compile(r'(\]\(|\b(?:src|href)=")([^)"\s]+)')
 STYLE = re.compile(r'<style.*?</style>\s*', re.S)
+ALT = re.compile(r'^fig-alt:\s*"(.*)"$', re.M)
 
 
 def from_root(target):
@@ -43,6 +44,8 @@ def prepare(cell):
     directives = DIRECTIVE.findall(cell.source)
     if any(d.split(':')[0].split()[:1] == ['hide'] for d in directives): return None
     cell.source = DIRECTIVE.sub('', cell.source).strip('\n')
+    alt = ALT.search('\n'.join(directives))
+    if alt: cell.metadata['alt'] = alt[1]
     if re.search(r'^echo:\s*false', '\n'.join(directives), re.M): cell.metadata['transient'] = {'remove_source': True}
     for out in cell.outputs:
         html = out.get('data', {}).get('text/html')                # GitHub prints the text of a <style> element
@@ -58,6 +61,8 @@ def render(notebook):
     folder = f'{NB_DIR}/images'
     text, resources = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(
         nb, resources={'unique_key': 'index', 'output_files_dir': folder})
+    alts = iter([c.metadata.get('alt', 'png') for c in nb.cells for out in c.get('outputs', []) if 'image/png' in out.get('data', {})])
+    text = re.sub(r'!\[png\]', lambda m: f'![{next(alts)}]', text)      # nbconvert names every picture by its kind
     text = re.sub(r'\n{3,}', '\n\n', '\n'.join(line.rstrip() for line in text.splitlines())).strip()
     return MARK + text + '\n', dict(resources.get('outputs') or {})
 
