@@ -264,7 +264,7 @@ def suite_scores(results: Results, suite: str) -> pd.DataFrame:
     cells = results.cells(suite)
     reference = cells.get(results.described(suite).reference) or next(iter(cells.values()), [])
     rows = [(cell, runs, "student") for cell, runs in cells.items()] + ([(BEFORE, reference, "student_start"), (TEACHER, reference, "teacher")] if cells else [])
-    wanted = [(m, where) for where in ("test", "validation") for m in ("nll", "kl")] + [("rouge_l", s) for s in ("test", *sets_of(results, suite))]
+    wanted = [(m, "test") for m in METRICS] + [(m, "validation") for m in ("nll", "kl")] + [("rouge_l", s) for s in sets_of(results, suite)]
     found = []
     for cell, runs, who in rows:
         for metric, where in wanted:
@@ -290,15 +290,15 @@ def _interval(e: Estimate, metric: str, sign: bool = True) -> str:
 
 # %% ../nbs/14_statistics.ipynb #30fd4f1f
 def _cell_text(r) -> str:
-    "mean ± sd, and below it the interval."
+    "mean ± sd, and below it the interval; no line is broken in them."
     digits = METRICS[r.metric].digits
     sd = f" ± {_number(r.sd, digits)}" if r.seeds > 1 else ""
-    return f"{_number(r['mean'], digits)}{sd}<br>[{_number(r.low, digits)}, {_number(r.high, digits)}]"
+    return f"{_number(r['mean'], digits)}{sd}<br>[{_number(r.low, digits)}, {_number(r.high, digits)}]".replace(" ", "&nbsp;")
 
 def _column(metric: str, where: str) -> str:
     if where == "validation": return f"validation {metric.upper()}"
-    label = "KL" if metric == "kl" else METRICS[metric].label
-    return f"**{label}**, mean of the sets" if where == "test" else f"{label} {where}"
+    if where != "test": return where          # a set: only ROUGE-L is shown set by set
+    return f"**{'KL' if metric == 'kl' else METRICS[metric].label}**, mean of the sets"
 
 def score_table(scores: pd.DataFrame, reference: str = "") -> str:
     "`suite_scores` as a Markdown table, the reference cell in bold."
@@ -528,9 +528,11 @@ def suite_markdown(results: Results, suite: str) -> str:
     described = results.described(suite)
     if not results.cells(suite):
         return "\n\n".join(p for p in (described.question, f"**Not run yet:** `mgsr-ablate {suite.split('+')[0]}`.", gaps(results, suite) if suite in results.names else "") if p)
-    effects, claims = suite_effects(results, suite), suite_claims(results, suite)
+    effects, claims, scores = suite_effects(results, suite), suite_claims(results, suite), suite_scores(results, suite)
+    overall = scores["where"].isin(("test", "validation"))
     parts = [f"*{described.question}* {_size(results, suite)}." if described.question else f"{_size(results, suite)}.", setting(results, suite), *(f"**Note:** {n}." for n in notes(results, suite)), gaps(results, suite),
-             "Mean ± sd over the training seeds, and the 95 % interval over prompts and seeds. NLL and KL: lower is better.", score_table(suite_scores(results, suite), described.reference)]
+             "Mean ± sd over the training seeds, and the 95 % interval over prompts and seeds. NLL and KL: lower is better.", score_table(scores[overall], described.reference),
+             "ROUGE-L on each set:", score_table(scores[~overall], described.reference)]
     if len(effects): parts += [f"How much better than `{described.reference}`, paired by seed and prompt (positive is better in every column):", effect_table(effects)]
     if len(claims): parts += [f"What the paper claims ({len(claims)} claim{'s' * (len(claims) > 1)} tested here), and what these runs say:", claim_table(claims)]
     return "\n\n".join(p for p in parts if p)
@@ -550,7 +552,7 @@ def _summary_row(results: Results, suite: str) -> dict:
     reference, best = results.described(suite).reference, best_cell(results, suite)
     d = paired(results, suite, best, reference) if best != reference else None
     return {"suite": f"`{suite}`", "cells": f"{len(results.cells(suite))} of {len(results.described(suite).cells)}", "seeds": "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))),
-            "reference": f"`{reference}`", "best by NLL": f"`{best}`", "better than the reference by": f"{_interval(d, DECIDING)}, {_side(verdict(d))}" if d else "",
+            "reference": f"`{reference}`", "best by NLL (nats better than the reference)": f"`{best}`" + (f"<br>{_interval(d, DECIDING)}, {_side(verdict(d))}" if d else ""),
             "claims": ", ".join(f"{k}: {n}" for k, n in counts.items() if n) or "none"}
 
 def summary_markdown(runs_dir: str | Path = "runs", suites: Optional[dict] = None, results: Optional[Results] = None, answers: bool = True) -> str:

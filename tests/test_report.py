@@ -304,7 +304,7 @@ def test_numbers_are_rounded_without_a_negative_zero():
 
 def test_score_table_by_hand(results):
     row = next(l for l in score_table(suite_scores(results, 'loss_weights'), 'one').splitlines() if '`one`' in l)
-    assert row.startswith('| **`one`** | 3 | 2.600 ± 0.100<br>[') and row.count('| 15.0 ± 0.0<br>') == 1
+    assert row.startswith('| **`one`** | 3 | 2.600&nbsp;±&nbsp;0.100<br>[') and row.count('| 15.0&nbsp;±&nbsp;0.0<br>') == 1
 
 def test_best_cell_is_the_one_with_the_lowest_nll(results): assert best_cell(results, 'loss_weights') == 'half'
 
@@ -381,7 +381,7 @@ def test_suite_without_runs_says_so(results):
 def test_summary_names_what_ran_and_what_did_not(tmp_path):
     weights(tmp_path)
     text = summary_markdown(tmp_path, SUITES)
-    assert '| `loss_weights` | 3 of 3 | 3 | `one` | `half` | +0.200 [+0.200, +0.200], **better** | holds: 1, does not hold: 1 |' in text
+    assert '| `loss_weights` | 3 of 3 | 3 | `one` | `half`<br>+0.200 [+0.200, +0.200], **better** | holds: 1, does not hold: 1 |' in text
     assert 'Not run yet: `fixed_clipping` and `spans`.' in text and 'Does the balance' in text and 'learned clipping beat' in text
     assert 'Does the balance' not in summary_markdown(tmp_path, SUITES, answers=False)
 
