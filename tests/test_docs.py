@@ -180,6 +180,26 @@ def test_dark_mode_is_followed(site, chromium):
     bright = [sum(map(int, re.findall(r'\d+', s[0]['ground'])[:3])) for s in (light, dark)]
     assert not light[0]['dark'] and dark[0]['dark'] and bright[0] > 600 > 250 > bright[1]
 
+PALE = '''(() => {
+    const parts = c => c.match(/[\\d.]+/g).map(Number), linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    const luminance = c => parts(c).slice(0, 3).map((v, i) => linear(v / 255) * [.2126, .7152, .0722][i]).reduce((a, b) => a + b);
+    const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor, p = parts(c); if (p.length < 4 || p[3] > .99) return c } return 'rgb(255, 255, 255)' };
+    const found = {};
+    for (const e of document.querySelectorAll('body *')) {
+        if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || e.closest('.katex, script, style, svg') || !e.checkVisibility()) continue;
+        const [dim, bright] = [luminance(getComputedStyle(e).color), luminance(ground(e))].sort((a, b) => a - b), ratio = (bright + .05) / (dim + .05);
+        if (ratio < 4.5) found[`${e.tagName}.${e.className} ${getComputedStyle(e).color} on ${ground(e)}`] = ratio.toFixed(2) }
+    return found })()'''
+
+@pytest.mark.parametrize('dark', (False, True))
+def test_text_stands_out_from_its_ground(site, pages, chromium, dark):
+    "Contrast of at least 4.5 to 1, as WCAG 2 asks for text of ordinary size (1.4.3)."
+    pale = {}
+    for name in pages:
+        chromium.open((site/name).as_uri(), dark=dark)
+        pale |= {f'{name}: {what}': ratio for what, ratio in chromium.js(PALE).items()}
+    assert not pale
+
 def test_search_finds_a_function_without_a_server(site, chromium):
     chromium.open((site/'index.html').as_uri())
     chromium.js('''(() => { const box = [...document.querySelectorAll('.smalldocs-search input')].at(0); box.value = 'quantile_interval'; box.dispatchEvent(new Event('input', {bubbles: true})); })()''')
