@@ -319,6 +319,29 @@ def test_answer_says_where_the_two_metrics_contradict_each_other(tmp_path):
     text = clipping_answer(read_results(tmp_path, SUITES))
     assert 'ROUGE-L resolves 1 of the 1' in text and '`quantile` +5.0' in text and 'contradict each other** for `quantile`' in text
 
+def uneven(runs, seeds=3, jump=.4):
+    "Cell `none` is 0.1 nats better than `phrases`; on set b, of 2 tokens, seeds are 1 nat apart, and the difference `jump` more with each."
+    for cell, better, more in (('phrases', 0., 0.), ('none', .1, jump)):
+        for k in range(seeds):
+            sets = dict(a=dict(nll=[2 - better, 5 - better], tokens=[30, 10]), b=dict(nll=[4 + k - better + more * (k - 1)], tokens=[2]))
+            write_toy_run(runs, 'spans', cell, k, {name: dict(x, kl=[.5] * len(x['nll']), rouge_l=[10.] * len(x['nll'])) for name, x in sets.items()})
+    return read_results(runs, SUITES)
+
+def test_sensitivity_leaves_out_the_set_on_which_seeds_differ_most(tmp_path):
+    found = uneven(tmp_path)
+    np.testing.assert_allclose(report.spread_of_sets(found, 'spans')[['b', 'a']], [1.2, 0], atol=1e-12)      # 1 in one cell, 1.4 in the other
+    text = report.sensitivity(found, 'spans', {'whole': ('none', 'phrases')})
+    assert 'differ most on `b`, whose references have 2 tokens' in text and 'whole +0.100 [+0.100, +0.100].' in text and text in suite_markdown(found, 'spans').replace('`none`', 'whole')
+    assert verdict(paired(found, 'spans', 'none', 'phrases')) == OPEN         # the rule still goes by all sets
+
+def test_sensitivity_of_one_seed_or_an_unknown_pair_is_empty(tmp_path):
+    found = uneven(tmp_path, seeds=1)
+    assert report.spread_of_sets(found, 'spans').empty and report.sensitivity(found, 'spans', {'whole': ('none', 'phrases')}) == ''
+    assert report.sensitivity(uneven(tmp_path), 'spans', {'x': ('unknown', 'phrases')}) == ''
+
+def test_answers_say_how_much_one_set_decides(results):
+    assert 'Without it, NLL is better by: (1, 0) -0.300 [-0.300, -0.300]; (1, 0.5) +0.200 [+0.200, +0.200].' in weights_answer(results)
+
 def test_weights_answer_when_only_leaving_out_matters(tmp_path):
     weights(tmp_path, half=0.)
     text = weights_answer(read_results(tmp_path, SUITES))
