@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVAL_SET_NAMES', 'DIVERGENCE_NAMES', 'ELSEWHERE', 'CHECKS', 'PRESETS', 'METHODS', 'ConfigError', 'RunConfig',
            'resolve', 'from_notebook', 'run_name', 'project_root', 'write_atomic', 'write_json', 'write_csv',
-           'runs_root', 'run_folder', 'open_run', 'recorded_digest', 'finished', 'parameter_table']
+           'runs_root', 'run_folder', 'open_run', 'recorded_digests', 'computed_in', 'finished', 'parameter_table']
 
 # %% ../nbs/00_config.ipynb #f302dab8
 import ast, csv, difflib, hashlib, io, json, os, re, shutil
@@ -396,26 +396,32 @@ def run_folder(config: RunConfig) -> Path:
 def open_run(config: RunConfig) -> Path:
     """The run's folder, with its config.json written. Raises `ConfigError` if it holds another configuration and `overwrite` is off."""
     folder = run_folder(config)
-    other = recorded_digest(folder)
-    if other == config.digest and not config.overwrite: return folder
-    if other and not config.overwrite:
-        raise ConfigError(f"run_name: {folder} already holds a run with other parameters (digest {other}, this one {config.digest}); choose another run_name, or set overwrite True")
+    found = recorded_digests(folder)
+    if config.digest in found and not config.overwrite: return folder
+    if found and not config.overwrite:
+        raise ConfigError(f"run_name: {folder} already holds a run with other parameters (digest {found[0]}, this one {config.digest}); choose another run_name, or set overwrite True")
     if config.overwrite:  # a finished run of the same name must not pass for this one
         for name in ("metrics.json", "log.csv", "samples.jsonl", "error.json", "train.ipynb"): (folder/name).unlink(missing_ok=True)
         for name in ("checkpoints", "best", "student", "tensorboard"): shutil.rmtree(folder/name, ignore_errors=True)
     write_json(folder/"config.json", {"digest": config.digest, **config.model_dump(exclude={"data_dir", "runs_dir"})})
     return folder
 
-def recorded_digest(folder: Path) -> Optional[str]:
-    """The digest of the run that a folder holds, None if it holds none: its config.json, read by this version.
+def recorded_digests(folder: Path) -> list[str]:
+    """The digests of the run that a folder holds, none if it holds none: of its config.json, read by this version, and, if precision was `auto`, of the precision that the finished run computed in.
 
     So a parameter that is newer than the run has its default there. (A new parameter's default must therefore be what was done before it.)"""
     record = Path(folder)/"config.json"
-    if not record.is_file(): return None
+    if not record.is_file(): return []
     content = json.loads(record.read_text())
     written = content.pop("digest", "unknown")
-    try: return RunConfig(**{k: v for k, v in content.items() if k not in ELSEWHERE}).digest
-    except ValueError: return written       # it has a parameter or a value that is gone
+    try: config = RunConfig(**{k: v for k, v in content.items() if k not in ELSEWHERE})
+    except ValueError: return [written]       # it has a parameter or a value that is gone
+    computed = computed_in(folder) if config.precision == "auto" else None
+    return [config.digest, *([config.model_copy(update={"precision": computed}).digest] if computed else [])]
+
+def computed_in(folder: Path) -> Optional[str]:
+    "The precision that a finished run computed in; None if it is not finished, or does not say."
+    return json.loads((Path(folder)/"metrics.json").read_text()).get("machine", {}).get("precision") if finished(folder) else None
 
 def finished(folder: Path) -> bool:
     "Whether the run ended: metrics.json is written last."

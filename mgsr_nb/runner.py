@@ -16,7 +16,7 @@ from typing import Callable, Optional, Sequence
 import pandas as pd
 from filelock import FileLock, Timeout
 from .ablation import SUITES, After, execute_whole, typed_parameters
-from .config import ConfigError, _nearest, RunConfig, finished, open_run, project_root, recorded_digest, resolve, run_folder, run_name, runs_root, write_atomic, write_json
+from .config import ConfigError, _nearest, RunConfig, finished, open_run, project_root, recorded_digests, resolve, run_folder, run_name, runs_root, write_atomic, write_json
 
 # %% ../nbs/11b_runner.ipynb #f8ac3f5c
 PRESET = "laptop-dolly"    # of the committed results
@@ -89,7 +89,7 @@ def state(job: Job) -> str:
     record = folder/"config.json"
     if not record.is_file(): return "failed" if (folder/"error.json").is_file() else "missing"
     if job.after is None or finished(job.beside(job.after.cell)):
-        try: same = recorded_digest(folder) == resolve(job.known().params).digest
+        try: same = resolve(job.known().params).digest in recorded_digests(folder)
         except Exception: return "failed" if (folder/"error.json").is_file() else "changed"     # the run beside it is not what it was
         if not same: return "changed"
     if finished(folder): return "finished"
@@ -103,7 +103,7 @@ def run_cell(params: dict, overwrite: bool = False) -> str:
     try: lock = lock_of(folder).acquire(timeout=0)
     except Timeout: return "running"
     with lock:
-        open_run(resolve(params, overwrite=overwrite and recorded_digest(folder) != resolve(params).digest))
+        open_run(resolve(params, overwrite=overwrite and resolve(params).digest not in recorded_digests(folder)))
         if finished(folder): return "finished"
         (folder/"error.json").unlink(missing_ok=True)
         if take_over(resolve(params)): return "finished"
@@ -123,7 +123,7 @@ def record_failure(folder: Path, params: dict, error: str, trace: str) -> str:
 # %% ../nbs/11b_runner.ipynb #2e188154
 def finished_runs(root: Path, seed: int | str = "*") -> dict[str, Path]:
     "The finished runs of all suites in `root`, with one seed or all, by digest."
-    return {recorded_digest(done.parent): done.parent for done in sorted(root.glob(f"*/*/seed{seed}/metrics.json"), reverse=True)}
+    return {digest: done.parent for done in sorted(root.glob(f"*/*/seed{seed}/metrics.json"), reverse=True) for digest in recorded_digests(done.parent)}
 
 def take_over(config: RunConfig) -> bool:
     "Whether this run is finished under another name, and its results are copied now; metrics.json last."

@@ -513,7 +513,7 @@ class Trainer:
         self.distiller, self.optimizer = self.accelerator.prepare(distiller, optimizer)
         # not prepared: accelerate would advance it once per process, and its length is in optimiser updates
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule_factor(s, c.max_steps, c.warmup_steps))
-        self.progress, self.saved_best = Progress(), []
+        self.progress, self.saved_best, self.checked = Progress(), [], None
         self.accelerator.register_for_checkpointing(self.schedule, self.progress, self.source)
 
     def draw(self, step: int):
@@ -595,9 +595,9 @@ class Trainer:
 
     def validate(self, known: Optional[dict] = None) -> dict[str, float]:
         "NLL and KL on the validation examples, in nats a token, unless they are `known`; the source hears of it (the off-policy threshold)."
-        found = known or self.setup.validated(self.setup.student)
-        self.source.validated(found["nll"])
-        found = {"validation_nll": found["nll"], "validation_kl": found["kl"]}
+        self.checked = known or self.setup.validated(self.setup.student)      # in full: `scores` need not find it again
+        self.source.validated(self.checked["nll"])
+        found = {"validation_nll": self.checked["nll"], "validation_kl": self.checked["kl"]}
         return found | ({"validation_rouge_l": self._rouge_l()} if self.config.select == "rouge_l" else {})
 
     def _rouge_l(self) -> float:
@@ -659,6 +659,7 @@ class Trainer:
     def restore_best(self) -> None:
         "With `select`: put the weights of the best validation into the student."
         if not self.progress.best: return
+        self.checked = None
         self.accelerator.wait_for_everyone()
         weights = load_file(self._best()) if self.folder else self.kept
         with torch.no_grad():
@@ -720,18 +721,18 @@ def teacher_states(setup: Setup) -> dict[str, list[Tensor]]:
     return {name: states[name].split(sizes[name]) for name in states}
 
 # %% ../nbs/10_training.ipynb #b13a3936
-def scores(setup: Setup, model: nn.Module, key: Optional[dict] = None) -> dict:
-    "Validation and test metrics of `model`, `average` over the test sets, and its answers; read from the cache if `key` was evaluated before."
+def scores(setup: Setup, model: nn.Module, key: Optional[dict] = None, validation: Optional[dict] = None) -> dict:
+    "Validation and test metrics of `model`, `average` over the test sets, and its answers; read from the cache if `key` was evaluated before. `validation`: what `Setup.validated` found of it already."
     c, s, teacher_text = setup.config, setup, None
     if c.eval_exposure and model is not s.teacher: teacher_text = scores(s, s.teacher, s.keys["teacher"])["ids"]
     def compute():
         model.eval()
-        validation = s.validated(model)
+        held = validation or s.validated(model)
         with s.accelerator.autocast():
             test, answers, ids = evaluate(model, s.teacher, s.eval_sets, s.sampler(model), s.tokenizer, s.vocab, c.eval_seed_list, c.max_new_tokens, c.eval_batch_size,
                                           c.chunk_tokens, teacher_text, s.states)
         average = {k: sum(m[k] for m in test.values()) / len(test) for k in ("rouge_l", "nll", "kl")}
-        return {"validation": validation, "test": test, "average": average, "answers": answers, "ids": ids}
+        return {"validation": held, "test": test, "average": average, "answers": answers, "ids": ids}
     if key is None: return compute()
     return json.loads((made_once("scores", key, lambda folder: write_json(folder/"scores.json", compute()))/"scores.json").read_text())
 
@@ -790,7 +791,7 @@ def run(config: RunConfig, cpu: bool = False) -> dict:
     trainer.resume()
     log = trainer.fit(start=start["validation"])
     trained = time.perf_counter()
-    end = scores(setup, setup.student)
+    end = scores(setup, setup.student, validation=trainer.checked)
     metrics = write_results(setup, folder, start, teacher, end, log, {"preparation": ready - begin, "training": trained - ready, "evaluation": time.perf_counter() - trained})
     accelerator.wait_for_everyone()     # nobody returns before the results are there
     return metrics

@@ -7,7 +7,7 @@ from tiny_models import EOS, KINDS, PAD, tiny_model
 from mgsr_nb.config import PRESETS, resolve
 from mgsr_nb.data import Encoded, Example
 from mgsr_nb.evaluation import (accumulated_error, answers, distinct_n, evaluate, excess_error, excess_errors, exposure, held_out, repetition, response_states, rouge_l, score_answers,
-                                token_losses, usable_length, written)
+                                token_losses, usable_length, written, written_and_read)
 from mgsr_nb.sampling import generator_for, sampler
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -74,13 +74,13 @@ def test_repetition_counts_four_words_unless_told_otherwise_and_stands_beside_di
     assert score_answers(texts, [e.example for e in encoded()])["repetition_4"] == pytest.approx(rates)
 
 def test_repetition_is_averaged_over_the_seeds():
-    def sample(prompts, keys, limits): return [[5] * 8 if k[0] == 10 else [6, 7, 8, 9] for k in keys]
+    def sample(prompts, keys, limits, past=None): return [[5] * 8 if k[0] == 10 else [6, 7, 8, 9] for k in keys]
     metrics, *_ = evaluate(tiny_model("gpt2"), None, {"a": encoded()}, sample, Words(), V, [10, 20], NEW)
     assert metrics["a"]["repetition_4"] == pytest.approx((4 / 5 + 0) / 2)
 
 # --- answers: number, order, empty ones
 
-def tell(prompts, keys, limits):
+def tell(prompts, keys, limits, past=None):
     "A sampler that answers with the prompt itself."
     return [[*p, EOS] for p in prompts]
 
@@ -111,7 +111,7 @@ def test_pitfall_38_an_empty_prediction_scores_zero_and_is_counted():
 
 @pytest.mark.pitfall(38)
 def test_pitfall_38_an_answer_of_nothing_but_eos_is_empty_and_is_counted_over_all_seeds():
-    def sample(prompts, keys, limits): return [[EOS] if k[-1] % 2 else [5, EOS] for k in keys]
+    def sample(prompts, keys, limits, past=None): return [[EOS] if k[-1] % 2 else [5, EOS] for k in keys]
     metrics, records, _ = evaluate(tiny_model("gpt2"), None, {"a": encoded(["w5"])}, sample, Words(), V, [10, 20], NEW)
     assert metrics["a"]["empty"] == 6 and metrics["a"]["rouge_l"] == pytest.approx(400 / 7) and [r["prediction"] for r in records[:2]] == ["w5", ""]
 
@@ -130,7 +130,7 @@ def test_pitfall_38_records_belong_to_their_examples():
 
 def test_the_mean_is_over_prompts_and_seeds():
     "One seed answers all prompts right, the other none."
-    def sample(prompts, keys, limits): return [[5] if k[0] == 10 else [6] for k in keys]
+    def sample(prompts, keys, limits, past=None): return [[5] if k[0] == 10 else [6] for k in keys]
     metrics, records, _ = evaluate(tiny_model("gpt2"), None, {"a": encoded(["w5"])}, sample, Words(), V, [10, 20], NEW)
     assert metrics["a"]["rouge_l"] == 50 and metrics["a"]["rouge_l_per_seed"] == {"10": 100, "20": 0} and metrics["a"]["rouge_l_per_prompt"] == [50] * 7
     assert "kl" not in metrics["a"] and {r["seed"]: r["rouge_l"] for r in records} == {10: 100, 20: 0}
@@ -179,6 +179,25 @@ def test_pitfall_39_rare_classes_are_drawn_too():
 def test_pitfall_39_the_papers_seeds():
     assert resolve(preset="gpt2-dolly").eval_seed_list == [10, 20, 30, 40, 50] and PRESETS["gpt2-dolly"]["eval_prompts"] == 0
 
+@every_kind
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_reading_the_references_on_the_way_changes_neither_answers_nor_states(kind, batch_size):
+    model = tiny_model(kind, dtype=torch.float64).train()
+    sample = sampler(model, [EOS], PAD, V)
+    found, states = written_and_read(model, sample, encoded(), 10, NEW, PAD, batch_size)
+    assert found == written(sample, encoded(), 10, NEW, batch_size) and model.training
+    for ours, expected in zip(states, response_states(model, encoded(), PAD), strict=True): torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+def test_an_evaluation_reads_a_prompt_once():
+    "Of the tokens of a prompt that the student reads, only the last comes twice: it predicts the first token of the answer."
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    read = []
+    student.model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].tolist()), with_kwargs=True)
+    example = encoded()[:1]
+    prompt, reference = example[0].prompt_ids, example[0].response_ids
+    evaluate(student, teacher, {"a": example}, sampler(student, [EOS], PAD, V), Words(), V, [10], NEW)
+    assert read[:2] == [[[*prompt, *reference]], [prompt[-1:]]] and all(len(ids[0]) == 1 for ids in read[1:])
+
 # --- held-out numbers
 
 def naive_held_out(student, teacher, examples):
@@ -218,7 +237,10 @@ def test_known_states_spare_the_teacher_from_reading():
     student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
     known = response_states(teacher, encoded(), PAD)
     teacher.model.forward = None        # only its head may be used
-    held_out(student, teacher, encoded(), PAD, V, known=known)
+    expected = held_out(student, teacher, encoded(), PAD, V, known=known)
+    own = response_states(student, encoded(), PAD)
+    student.model.forward = None
+    assert held_out(student, teacher, encoded(), PAD, V, known=known, student_known=own) == expected
 
 @every_kind
 def test_a_model_is_at_no_distance_from_itself_and_leaves_evaluation_as_it_came(kind):

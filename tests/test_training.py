@@ -555,6 +555,14 @@ def test_a_known_start_is_not_validated_again(config, tmp_path, monkeypatch):
     calls.clear()
     assert Trainer(setup).fit()[0]["validation_nll"] == 5. and len(calls) == 2
 
+@pytest.mark.parametrize("select", ["last", "nll"])
+def test_the_last_validation_is_the_result_unless_other_weights_are(config, select):
+    t = Trainer(prepare(config(max_steps=2, select=select), cpu=True))
+    t.fit()
+    assert (t.checked is None) == (select == "nll")
+    known = T.scores(t.setup, t.setup.student, validation=t.checked)["validation"]
+    assert known == T.scores(t.setup, t.setup.student)["validation"]
+
 @pytest.mark.parametrize("ends", [True, False], ids=["whole", "interrupted"])
 def test_a_tracker_hears_every_row_of_the_log(config, monkeypatch, ends):
     heard = []
