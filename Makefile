@@ -113,11 +113,12 @@ performance: $(STAMP)
 	$(BIN)/python -m jupyter execute --inplace nbs/12_performance.ipynb
 	$(BIN)/nbdev-clean
 
-# nbs/report.ipynb and runs/results.csv, from whatever lies in runs/
+# every number of the results, from whatever lies in runs/: runs/results.csv, the report, the overview and the README made from it
 report: $(STAMP)
 	$(BIN)/python -c 'from mgsr_nb.report import write_results_csv; print(write_results_csv())'
-	$(BIN)/python -m jupyter execute --inplace nbs/report.ipynb
+	$(BIN)/python -m jupyter execute --inplace nbs/report.ipynb nbs/index.ipynb
 	$(BIN)/nbdev-clean
+	$(BIN)/python tools/make_readme.py
 
 # compares the first losses with the CPU's, runs the quickstart, measures; without CUDA it says so
 gpu-check: $(STAMP)

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['NO_SUITES', 'TEACHERS', 'METRICS', 'DECIDING', 'WITHOUT', 'DRAWS', 'HOLDS', 'FAILS', 'OPEN', 'NOT_RUN', 'MIN_SEEDS',
            'BEFORE', 'TEACHER', 'SHARE_OF_SFT', 'RECORDED', 'ODDITIES', 'GPT2', 'DPI', 'LIMITS_SHOWN', 'Run',
-           'read_run', 'Undescribed', 'Results', 'read_results', 'on_the_same_prompts', 'by_one_teacher',
-           'write_toy_run', 'Metric', 'Sample', 'sample', 'draws_of', 'resampled', 'Estimate', 'estimate', 'better_by',
-           'paired', 'verdict', 'sets_of', 'suite_scores', 'markdown_table', 'score_table', 'suite_effects',
-           'suite_claims', 'effect_table', 'claim_table', 'results_table', 'results_csv', 'write_results_csv',
-           'spread_of_sets', 'sensitivity', 'weights_answer', 'clipping_pairs', 'clipping_answer', 'suite_logs',
-           'where_limits_ended', 'setting', 'notes', 'gaps', 'suite_markdown', 'best_cell', 'verdict_counts',
-           'summary_markdown', 'claims_sentence', 'not_run_sentence', 'failures_markdown', 'small_png', 'effect_plot',
-           'learning_curves', 'limits_plot', 'weight_grid', 'weight_heatmap', 'training_seconds', 'costs', 'cost_plot',
-           'suite_figures', 'show_suite', 'compare']
+           'read_run', 'Undescribed', 'Results', 'read_results', 'on_the_same_prompts', 'in_one_precision',
+           'by_one_teacher', 'write_toy_run', 'Metric', 'Sample', 'sample', 'draws_of', 'resampled', 'Estimate',
+           'estimate', 'better_by', 'paired', 'verdict', 'sets_of', 'suite_scores', 'markdown_table', 'score_table',
+           'suite_effects', 'suite_claims', 'effect_table', 'claim_table', 'results_table', 'results_csv',
+           'write_results_csv', 'spread_of_sets', 'sensitivity', 'weights_answer', 'clipping_pairs', 'clipping_answer',
+           'suite_logs', 'where_limits_ended', 'setting', 'notes', 'gaps', 'suite_markdown', 'best_cell',
+           'verdict_counts', 'summary_markdown', 'claims_sentence', 'not_run_sentence', 'failures_markdown',
+           'small_png', 'effect_plot', 'learning_curves', 'limits_plot', 'weight_grid', 'weight_heatmap',
+           'training_seconds', 'costs', 'cost_plot', 'suite_figures', 'show_suite', 'compare']
 
 # %% ../nbs/14_statistics.ipynb #c54542c7
 import io, json, re
@@ -111,7 +111,7 @@ def read_results(runs_dir: str | Path = "runs", suites: Optional[dict] = None) -
     "What lies below `runs_dir`; a relative path starts at the project's root. `suites`: {name: Suite}, by default those of notebook 11."
     if suites is None: from mgsr_nb.ablation import SUITES as suites
     folders = [p for p in runs_root(runs_dir).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name) and p.is_dir() and p.parts[-3] not in NO_SUITES]
-    return Results(by_one_teacher(on_the_same_prompts([read_run(p) for p in sorted(folders)])), suites)
+    return Results(by_one_teacher(in_one_precision(on_the_same_prompts([read_run(p) for p in sorted(folders)]))), suites)
 
 def on_the_same_prompts(runs: Sequence[Run]) -> list[Run]:
     "The runs; those that were evaluated on other prompts than most of their suite get an error that says so."
@@ -120,12 +120,19 @@ def on_the_same_prompts(runs: Sequence[Run]) -> list[Run]:
     most = {suite: n for (suite, _), n in sorted(count.items(), key=lambda item: item[1])}
     return [replace(r, error="evaluated on other prompts than most of its suite") if r.usable and count[of(r)] < most[r.suite] else r for r in runs]
 
+def in_one_precision(runs: Sequence[Run]) -> list[Run]:
+    "The runs; those with precision auto that computed in another precision than most such runs of their suite, on another machine perhaps, get an error that says so."
+    auto = [r for r in runs if r.usable and r.metrics["config"].get("precision") == "auto"]
+    of = lambda r: r.metrics["machine"].get("precision")
+    most = {suite: Counter(of(r) for r in auto if r.suite == suite).most_common(1)[0][0] for suite in {r.suite for r in auto}}
+    return [replace(r, error=f"it computed in {of(r)}, most of its suite in {most[r.suite]}: run it again with -p precision {most[r.suite]}") if r in auto and of(r) != most[r.suite] else r for r in runs]
+
 TEACHERS = ("teacher", "teacher_sft_steps", "data", "template", "max_prompt_tokens", "max_tokens", "max_train_examples", "batch_size", "learning_rate", "warmup_steps", "weight_decay",
-            "max_grad_norm", "lora_rank", "precision", "frozen_precision")      # parameters that make the tuned teacher
+            "max_grad_norm", "lora_rank", "frozen_precision")      # parameters that make the tuned teacher
 
 def by_one_teacher(runs: Sequence[Run]) -> list[Run]:
     "The runs; those whose teacher is not that of most runs with its settings, by its test NLL to 0.001 nats, get an error that says so: tuned again on another machine, it is another teacher."
-    of = lambda r: (r.suite, str([r.metrics["config"].get(k) for k in TEACHERS]))
+    of = lambda r: (r.suite, str([r.metrics["config"].get(k) for k in TEACHERS]), r.metrics["machine"].get("precision"))
     nll = lambda r: r.metrics["teacher"]["average"]["nll"]
     groups = {}
     for r in runs:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRESET', 'BUSY', 'Job', 'jobs_of', 'lock_of', 'locked', 'state', 'run_cell', 'record_failure', 'finished_runs',
            'take_over', 'cell_process', 'Processes', 'visible_devices', 'RayTasks', 'run_elsewhere', 'Sweep', 'plan',
-           'time_left', 'clock', 'ablate', 'slots_of', 'threads_of', 'result_of', 'main', 'ablate_by']
+           'time_left', 'clock', 'ablate', 'check_precision', 'slots_of', 'threads_of', 'result_of', 'main',
+           'ablate_by']
 
 # %% ../nbs/11b_runner.ipynb #7aff0f87
 import argparse, json, os, queue, re, signal, subprocess, sys, tempfile, threading, time, traceback
@@ -16,7 +17,7 @@ from typing import Callable, Optional, Sequence
 import pandas as pd
 from filelock import FileLock, Timeout
 from .ablation import SUITES, After, execute_whole, typed_parameters
-from .config import ConfigError, _nearest, RunConfig, finished, open_run, project_root, recorded_digests, resolve, run_folder, run_name, runs_root, write_atomic, write_json
+from .config import ConfigError, _nearest, RunConfig, computed_in, finished, open_run, project_root, recorded_digests, resolve, run_folder, run_name, runs_root, write_atomic, write_json
 
 # %% ../nbs/11b_runner.ipynb #f8ac3f5c
 PRESET = "laptop-dolly"    # of the committed results
@@ -314,6 +315,7 @@ def ablate(suite: str, seeds: int | Sequence[int] = 1, preset: str = PRESET, cel
     if changed and not overwrite: raise ConfigError(f"overwrite: {', '.join(changed)} hold runs with other parameters; allowed: another name, or overwrite")
     if dry_run: return table
     if engine not in ("process", "ray"): raise ConfigError(f"engine: got {engine!r}; allowed: process or ray")
+    if engine == "process": check_precision(todo, table)
     if engine == "ray": run, slots = RayTasks(overwrite), jobs or len(todo)
     else: run = Processes(devices, threads_of(slots), overwrite)
     def report(job, found, seconds):
@@ -321,6 +323,16 @@ def ablate(suite: str, seeds: int | Sequence[int] = 1, preset: str = PRESET, cel
         say(f"[{(now.state == 'finished').sum()}/{len(now)}] {job.name}: {found}, {seconds:.0f} s{result_of(job, found)}; left: {clock(time_left(now, slots))}")
     Sweep(todo, run, slots, report, retry_failed).run()
     return plan(todo)
+
+def check_precision(jobs: Sequence[Job], table: pd.DataFrame) -> None:
+    "Raise `ConfigError` if `auto` means another precision here than it did for finished jobs of `table` (of `plan`) that others would be compared with."
+    asked = {resolve(j.params).precision for j, now in zip(jobs, table.state) if now not in ("finished", "failed", "elsewhere")}
+    was = {computed_in(j.folder) for j, now in zip(jobs, table.state) if now == "finished"} - {None}
+    if "auto" not in asked or not was: return
+    import torch
+    from mgsr_nb.models import resolve_precision
+    here = resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if here not in was: raise ConfigError(f"precision: the finished runs computed in {' and '.join(sorted(was))}, and auto is {here} on this machine; allowed: -p precision {sorted(was)[0]} to go on with them, or --name for a suite of its own")
 
 def slots_of(jobs: int) -> tuple[int, list[Optional[int]]]:
     "How many cells at a time, and the device of each slot: more slots than GPUs share them in turn."

@@ -1,10 +1,11 @@
 "The report: what it reads, its numbers on scores that can be counted by hand, its verdicts and its words."
-import io, json, re
+import ast, io, json, re
 from dataclasses import dataclass
 from pathlib import Path
 import nbformat, numpy as np, pandas as pd, pytest
 import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
+from IPython.display import Markdown
 from matplotlib.colors import to_rgb
 from mgsr_nb.config import write_json
 from mgsr_nb import report
@@ -184,6 +185,21 @@ def test_runs_with_another_teacher_are_named_and_left_out(tmp_path):
     found = read_results(tmp_path, SUITES)
     assert {(r.cell, r.seed): r.usable for r in found.runs} == {('none', 0): True, ('none', 1): True, ('none', 2): False, ('phrases', 0): True}
     assert 'its teacher is not that of most' in suite_markdown(found, 'spans')
+
+def test_runs_in_another_precision_are_named_and_left_out(tmp_path):
+    "Where it was left to the machine; a precision that was asked for is no mistake, and compares with the machines that chose it."
+    def add_in(precision, *where, asked='auto', teacher=2.0):
+        done = write_toy_run(tmp_path, 'spans', *where, two_sets(), config=dict(precision=asked), machine=dict(precision=precision))/'metrics.json'
+        metrics = json.loads(done.read_text())
+        metrics['teacher']['average']['nll'] = teacher
+        done.write_text(json.dumps(metrics))
+    for seed, precision in enumerate(('float32', 'float32', 'bfloat16')): add_in(precision, 'none', seed)
+    add_in('float32', 'phrases', 0, asked='float32')
+    add_in('float32', 'phrases', 1, asked='float32', teacher=2.1)
+    add_in('bfloat16', 'phrases', 2, asked='bfloat16', teacher=2.1)
+    found = read_results(tmp_path, SUITES)
+    assert {(r.cell, r.seed): r.error.split()[0] for r in found.runs if not r.usable} == {('none', 2): 'it', ('phrases', 1): 'its'}
+    assert 'computed in bfloat16, most of its suite in float32: run it again with -p precision float32' in suite_markdown(found, 'spans')
 
 @pytest.mark.parametrize('metric', METRICS)
 def test_different_prompts_are_never_compared(tmp_path, metric):
@@ -495,7 +511,7 @@ def test_costs_have_a_row_for_every_run(results): assert list(costs(results, 'lo
 
 # ---- what is committed
 
-def outputs(): return [o.data['text/markdown'] for c in nbformat.read(ROOT/'nbs'/'report.ipynb', as_version=4).cells if c.cell_type == 'code' for o in c.outputs if 'text/markdown' in o.get('data', {})]
+def outputs(notebook='report'): return [o.data['text/markdown'] for c in nbformat.read(ROOT/'nbs'/f'{notebook}.ipynb', as_version=4).cells if c.cell_type == 'code' for o in c.outputs if 'text/markdown' in o.get('data', {})]
 
 @pytest.fixture(scope='module')
 def committed():
@@ -514,6 +530,17 @@ def test_committed_report_is_that_of_the_runs(committed):
     for name in committed.names: assert suite_markdown(committed, name) in shown, f'{name}: run `make report`'
     assert summary_markdown(results=committed, answers=False) in shown
     assert weights_answer(committed) + '\n\n' + clipping_answer(committed) in shown
+
+def test_committed_overview_is_that_of_the_runs(committed):
+    "The README is made from it, which test_project compares."
+    assert summary_markdown(results=committed) in outputs('index'), 'run `make report`'
+
+def test_committed_overview_is_that_of_the_quickstart(monkeypatch):
+    monkeypatch.chdir(ROOT/'nbs')
+    *before, last = ast.parse(next(c.source for c in nbformat.read('index.ipynb', as_version=4).cells if 'runs/examples/quickstart/metrics.json' in c.source)).body
+    names = dict(json=json, Path=Path, Markdown=Markdown)
+    exec(compile(ast.Module(before, []), 'index', 'exec'), names)
+    assert eval(compile(ast.Expression(last.value), 'index', 'eval'), names).data in outputs('index'), 'run `make report`'
 
 def test_report_notebook_has_its_parameter():
     tagged = [c for c in nbformat.read(ROOT/'nbs'/'report.ipynb', as_version=4).cells if 'parameters' in c.metadata.get('tags', [])]

@@ -2,7 +2,7 @@
 import json, signal, subprocess, sys, time
 import nbformat, pytest
 from mgsr_nb.ablation import SUITES, After, Suite
-from mgsr_nb.config import METHODS, PRESETS, ConfigError, finished, resolve
+from mgsr_nb.config import METHODS, PRESETS, ConfigError, finished, open_run, resolve, write_json
 from mgsr_nb.runner import Processes, ablate, jobs_of, lock_of, locked, plan, slots_of, state, threads_of, time_left
 
 CELLS = list(SUITES['loss_weights'].cells)
@@ -113,6 +113,21 @@ def test_other_parameters_in_the_same_folder(project):
     assert call('--cells', ';'.join(CELLS[:2]), '-p', 'learning_rate', '0.5', '--overwrite').returncode == 0 and len(ran(project)) == 3
     assert json.loads((folder(project, CELLS[0])/'config.json').read_text())['learning_rate'] == .5
     assert call('--cells', CELLS[0], '-p', 'learning_rate', '0.5', '--overwrite').returncode == 0 and len(ran(project)) == 3      # finished: not run again
+
+def test_a_suite_goes_on_in_its_precision(project, monkeypatch):
+    "Seed 0 was finished on a machine whose auto was float32; here it is bfloat16."
+    monkeypatch.setattr('mgsr_nb.models.resolve_precision', lambda precision, device: 'bfloat16')
+    settings = dict(preset='quickstart', cells=CELLS[:2], say=lambda text: None)
+    for job in jobs_of('loss_weights', preset='quickstart', cells=CELLS[:2], params=dict(max_steps=1)):
+        metrics = {'digest': resolve(job.params).digest, 'machine': {'precision': 'float32'}, 'student': {'average': dict(nll=2.5, kl=0.5, rouge_l=20.)}, 'seconds': {'training': 2.}}
+        write_json(open_run(resolve(job.params))/'metrics.json', metrics)
+    with pytest.raises(ConfigError, match='^precision: the finished runs computed in float32, and auto is bfloat16 on this machine; allowed: -p precision float32'):
+        ablate('loss_weights', seeds=2, params=dict(max_steps=1), **settings)
+    assert not ran(project)
+    assert list(ablate('loss_weights', seeds=1, params=dict(max_steps=1), **settings).state) == 2 * ['finished']           # nothing is left to run
+    assert list(ablate('loss_weights', seeds=2, params=dict(max_steps=1, precision='float32'), **settings).state) == 4 * ['finished']
+    assert [r.split('/')[1:] for r in ran(project)] == [[c, 'seed1'] for c in CELLS[:2]]
+    with pytest.raises(ConfigError, match='hold runs with other parameters'): ablate('loss_weights', seeds=1, params=dict(max_steps=1, precision='bfloat16'), **settings)
 
 def test_a_dry_run_starts_nothing(project):
     done = call('--dry-run')
