@@ -355,6 +355,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mgsr_nb.report.compare': ('statistics.html#compare', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.cost_plot': ('statistics.html#cost_plot', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.costs': ('statistics.html#costs', 'mgsr_nb/report.py'),
+                                'mgsr_nb.report.diagnostics': ('statistics.html#diagnostics', 'mgsr_nb/report.py'),
+                                'mgsr_nb.report.diagnostics_table': ('statistics.html#diagnostics_table', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.draws_of': ('statistics.html#draws_of', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.effect_plot': ('statistics.html#effect_plot', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.effect_table': ('statistics.html#effect_table', 'mgsr_nb/report.py'),

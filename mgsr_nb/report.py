@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['NO_SUITES', 'TEACHERS', 'METRICS', 'DECIDING', 'WITHOUT', 'DRAWS', 'HOLDS', 'FAILS', 'OPEN', 'NOT_RUN', 'MIN_SEEDS',
-           'BEFORE', 'TEACHER', 'SHARE_OF_SFT', 'RECORDED', 'ODDITIES', 'GPT2', 'DPI', 'LIMITS_SHOWN', 'Run',
-           'read_run', 'Undescribed', 'Results', 'read_results', 'on_the_same_prompts', 'in_one_precision',
-           'by_one_teacher', 'write_toy_run', 'Metric', 'Sample', 'sample', 'draws_of', 'resampled', 'Estimate',
-           'estimate', 'better_by', 'paired', 'verdict', 'sets_of', 'suite_scores', 'markdown_table', 'score_table',
-           'suite_effects', 'suite_claims', 'effect_table', 'claim_table', 'results_table', 'results_csv',
-           'write_results_csv', 'spread_of_sets', 'sensitivity', 'weights_answer', 'clipping_pairs', 'clipping_answer',
-           'suite_logs', 'where_limits_ended', 'setting', 'notes', 'gaps', 'suite_markdown', 'best_cell',
-           'verdict_counts', 'summary_markdown', 'claims_sentence', 'not_run_sentence', 'failures_markdown',
-           'small_png', 'effect_plot', 'learning_curves', 'limits_plot', 'weight_grid', 'weight_heatmap',
-           'training_seconds', 'costs', 'cost_plot', 'suite_figures', 'show_suite', 'compare']
+           'BEFORE', 'TEACHER', 'SHARE_OF_SFT', 'OF_ANSWERS', 'OF_STEPS', 'RECORDED', 'ODDITIES', 'GPT2', 'DPI',
+           'LIMITS_SHOWN', 'Run', 'read_run', 'Undescribed', 'Results', 'read_results', 'on_the_same_prompts',
+           'in_one_precision', 'by_one_teacher', 'write_toy_run', 'Metric', 'Sample', 'sample', 'draws_of', 'resampled',
+           'Estimate', 'estimate', 'better_by', 'paired', 'verdict', 'sets_of', 'suite_scores', 'markdown_table',
+           'score_table', 'suite_effects', 'suite_claims', 'effect_table', 'claim_table', 'results_table',
+           'results_csv', 'write_results_csv', 'spread_of_sets', 'sensitivity', 'weights_answer', 'clipping_pairs',
+           'clipping_answer', 'suite_logs', 'where_limits_ended', 'diagnostics', 'diagnostics_table', 'setting',
+           'notes', 'gaps', 'suite_markdown', 'best_cell', 'verdict_counts', 'summary_markdown', 'claims_sentence',
+           'not_run_sentence', 'failures_markdown', 'small_png', 'effect_plot', 'learning_curves', 'limits_plot',
+           'weight_grid', 'weight_heatmap', 'training_seconds', 'costs', 'cost_plot', 'suite_figures', 'show_suite',
+           'compare']
 
 # %% ../nbs/14_statistics.ipynb #c54542c7
 import io, json, re
@@ -523,6 +524,29 @@ def where_limits_ended(results: Results, suite: str) -> str:
     return (f"The learned limits (u, l) went from ({first.clip_upper:.2f}, {first.clip_lower:.2f}) to ({last.clip_upper:.2f}, {last.clip_lower:.2f}); "
             f"the kept classes had {first.kept_mass:.0%} of the teacher's mass at first and {last.kept_mass:.0%} at the end.")
 
+# %% ../nbs/14_statistics.ipynb #4f5c93cd
+OF_ANSWERS = {"distinct_2": ("distinct-2", 1, 2), "repetition_4": ("rep-4, %", 100, 1), "excess_error": ("ExAccErr, %", 1, 0)}                        # label, factor, digits
+OF_STEPS = {"by_student": ("steps on student text, %", 100, 0), "new_text": ("steps on new text, %", 100, 0), "scrg_corrected": ("texts corrected, %", 100, 0), "scrg_kl": ("KL at the correction, nats", 1, 1),
+            "scrg_gain": ("gain of the rest, nats a token", 1, 2), "scrg_helped": ("rests that gained, %", 100, 0), "kept_mass": ("mass that DAC-KL keeps, %", 100, 0)}
+
+def diagnostics(results: Results, suite: str) -> pd.DataFrame:
+    "Of each cell, by name, what the runs recorded besides: `OF_ANSWERS`, mean over test sets and seeds, and `OF_STEPS`, mean over the steps that have it. Also of the student before training and the teacher. Columns that nobody has, or that are 100 % for all, are left out."
+    cells, log = results.cells(suite), suite_logs(results, suite)
+    reference = cells.get(results.described(suite).reference) or next(iter(cells.values()), [])
+    rows = [(cell, runs, "student") for cell, runs in cells.items()] + [(BEFORE, reference, "student_start"), (TEACHER, reference, "teacher")]
+    def of(runs, who, key): return np.mean([t.get(key, np.nan) for r in runs for t in r.metrics[who]["test"].values()]) if runs else np.nan
+    answers = pd.DataFrame({key: [of(runs, who, key) for _, runs, who in rows] for key in OF_ANSWERS}, index=[cell for cell, *_ in rows], dtype=float)
+    steps = log[log.step > 0].groupby("cell")[[k for k in OF_STEPS if k in log]].mean()
+    found = answers.join(steps).dropna(axis=1, how="all")
+    return found.loc[:, ~(found.isna() | (found == 1)).all()]
+
+def diagnostics_table(found: pd.DataFrame) -> str:
+    "`diagnostics` as a Markdown table; empty without columns."
+    shown = {key: how for key, how in {**OF_ANSWERS, **OF_STEPS}.items() if key in found}
+    text = lambda value, factor, digits: "" if np.isnan(value) else _number(factor * value, digits)
+    return markdown_table([{"cell": cell if cell in (BEFORE, TEACHER) else f"`{cell}`"} | {label: text(row[key], factor, digits) for key, (label, factor, digits) in shown.items()}
+                           for cell, row in found.iterrows()]) if shown else ""
+
 # %% ../nbs/14_statistics.ipynb #8ab3ffe7
 RECORDED = {"config": {"preset": "preset {}", "teacher": "teacher {}", "teacher_sft_steps": "{} steps of SFT on it", "student": "student {}", "student_layers": "with {} layers", "data": "data {}", "max_steps": "{} steps",
                        "batch_size": "of {} texts", "max_new_tokens": "answers of at most {} tokens", "eval_seeds": "generation seeds {}"},
@@ -561,6 +585,7 @@ def suite_markdown(results: Results, suite: str) -> str:
     parts = [f"*{described.question}* {_size(results, suite)}." if described.question else f"{_size(results, suite)}.", setting(results, suite), *(f"**Note:** {n}." for n in notes(results, suite)), gaps(results, suite),
              "Mean ± sd over the training seeds, and the 95 % interval over prompts and seeds. NLL and KL: lower is better.", score_table(scores[overall], described.reference),
              "ROUGE-L on each set:", score_table(scores[~overall], described.reference)]
+    if seen := diagnostics_table(diagnostics(results, suite)): parts += ["For no verdict: the answers, and what happened in training (mean over sets, steps and seeds; shares of 100 % in every cell are left out; gain: by how much the teacher finds the text behind a correction likelier than what stood there):", seen]
     if len(effects): parts += [f"How much better than `{described.reference}`, paired by seed and prompt (positive is better in every column):", effect_table(effects),
                            sensitivity(results, suite, {f"`{c}`": (c, described.reference) for c in dict.fromkeys(effects.cell)})]
     if len(claims): parts += [f"What the paper claims ({len(claims)} claim{'s' * (len(claims) > 1)} tested here), and what these runs say:", claim_table(claims)]
