@@ -320,6 +320,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mgsr_nb.report.Sample': ('statistics.html#sample', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.Sample.by_seed': ('statistics.html#sample.by_seed', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.Undescribed': ('statistics.html#undescribed', 'mgsr_nb/report.py'),
+                                'mgsr_nb.report._answer': ('statistics.html#_answer', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report._axes': ('statistics.html#_axes', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report._cell_text': ('statistics.html#_cell_text', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report._colours': ('statistics.html#_colours', 'mgsr_nb/report.py'),

@@ -456,7 +456,7 @@ def _weights(run: Run) -> tuple[float, float]:
 SHARE_OF_SFT = "A smaller weight of a distillation loss is also a larger share of the SFT term, whose loss this NLL is: these cells cannot tell the two apart."
 
 def weights_answer(results: Results, suite: str = "loss_weights") -> str:
-    "One paragraph of Markdown: does the balance of the loss weights matter? A cell without one of the two losses is no balance, so the two are told apart."
+    "Markdown, a paragraph and what else there is to say: does the balance of the loss weights matter? A cell without one of the two losses is no balance, so the two are told apart."
     title, cells, reference = "**Does the balance of the loss weights matter?**", results.cells(suite), results.described(suite).reference if results.described(suite).cells else ""
     pairs = {c: d for c in cells if c != reference and (d := paired(results, suite, c, reference))}
     if not pairs: return f"{title} Not run yet: `mgsr-ablate {suite} --seeds {MIN_SEEDS}`."
@@ -467,8 +467,13 @@ def weights_answer(results: Results, suite: str = "loss_weights") -> str:
     parts = [_verdict_on_balance(balance) if balance else "No other balance was run.",
              f"NLL of the reference responses, nats a token better than with (dac, span) = (1, 1): {_pair_texts(balance)}.{_open_text(balance)}" if balance else "",
              f"KL to the teacher, likewise: {_pair_texts(in_kl, 'kl')}." if balance else "", SHARE_OF_SFT if balance else "",
-             f"Leaving a loss out: {_pair_texts(without)}.{_open_text(without)}" if without else "", *(f(results, suite, {names[c]: (c, reference) for c in pairs}) for f in (_in_rouge, sensitivity))]
-    return f"{title} {' '.join(p for p in parts if p)} ({_size(results, suite)}; 95 % intervals.)"
+             f"Leaving a loss out: {_pair_texts(without)}.{_open_text(without)}" if without else ""]
+    return _answer(results, suite, title, parts, {names[c]: (c, reference) for c in pairs})
+
+def _answer(results: Results, suite: str, title: str, parts: Sequence[str], pairs: dict[str, tuple[str, str]]) -> str:
+    "The paragraph that the deciding metric gives, and a second one of what else the comparisons `pairs` say."
+    more = [found for f in (_in_rouge, sensitivity) if (found := f(results, suite, pairs))]
+    return f"{title} {' '.join(p for p in parts if p)} ({_size(results, suite)}; 95 % intervals.)\n\n{' '.join(more)}"
 
 def _verdict_on_balance(balance: dict[str, Estimate]) -> str:
     "The short answer."
@@ -487,7 +492,7 @@ def clipping_pairs(results: Results, suite: str = "fixed_clipping") -> dict[str,
     return {c: rival(v) for c, v in config.items() if v["clip"] not in ("learned", "none") and rival(v) in config}
 
 def clipping_answer(results: Results, suite: str = "fixed_clipping") -> str:
-    "One paragraph of Markdown: does the learned clipping beat fixed clipping?"
+    "Markdown, a paragraph and what else there is to say: does the learned clipping beat fixed clipping?"
     title, fixed = "**Does the learned clipping beat fixed clipping?**", clipping_pairs(results, suite) if results.cells(suite) else {}
     against = lambda rivals: {f"`{c}`": d for c, rival in rivals.items() if (d := paired(results, suite, rival, c))}
     pairs = against(fixed)
@@ -495,9 +500,9 @@ def clipping_answer(results: Results, suite: str = "fixed_clipping") -> str:
     none = {c: results.described(suite).reference for c, runs in results.cells(suite).items() if runs[0].metrics["config"]["clip"] == "none"}
     unclipped = against(none)
     parts = [_verdict_on_clipping(pairs), f"NLL of the reference responses, nats a token that learned limits are better than fixed ones: {_pair_texts(pairs)}.{_open_text(pairs)}",
-             f"Than no clipping at all: {_pair_texts(unclipped)}." if unclipped else "", 
-             *(f(results, suite, {f"`{c}`": (r, c) for c, r in (fixed | none).items() if f"`{c}`" in pairs | unclipped}) for f in (_in_rouge, sensitivity)), where_limits_ended(results, suite)]
-    return f"{title} {' '.join(p for p in parts if p)} ({_size(results, suite)}; 95 % intervals.)"
+             f"Than no clipping at all: {_pair_texts(unclipped)}." if unclipped else "",
+             where_limits_ended(results, suite)]
+    return _answer(results, suite, title, parts, {f"`{c}`": (r, c) for c, r in (fixed | none).items() if f"`{c}`" in pairs | unclipped})
 
 def _verdict_on_clipping(pairs: dict[str, Estimate]) -> str:
     "The short answer."
