@@ -601,18 +601,19 @@ def best_cell(results: Results, suite: str) -> str:
     "The cell with the lowest NLL, mean over its seeds."
     return min(results.cells(suite).items(), key=lambda item: sample(item[1], DECIDING).by_seed().mean())[0]
 
-def verdict_counts(claims: pd.DataFrame) -> dict[str, int]:
-    "How many claims hold, do not hold, are not resolved, are not run; by the deciding metric."
-    found = [] if claims.empty else [v.split(" (")[0] for v in claims[f"{DECIDING}_verdict"]]
+def verdict_counts(claims: pd.DataFrame, metric: str = DECIDING) -> dict[str, int]:
+    "How many claims hold, do not hold, are not resolved, are not run, by a metric."
+    found = [] if claims.empty else [v.split(" (")[0] for v in claims[f"{metric}_verdict"]]
     return {k: found.count(k) for k in (HOLDS, FAILS, OPEN, NOT_RUN)}
 
 def _summary_row(results: Results, suite: str) -> dict:
-    counts, seeds = verdict_counts(suite_claims(results, suite)), sorted({len(v) for v in results.cells(suite).values()})
+    claims, seeds = suite_claims(results, suite), sorted({len(v) for v in results.cells(suite).values()})
+    counted = lambda metric: ", ".join(f"{k}: {n}" for k, n in verdict_counts(claims, metric).items() if n) or "none"
     reference, best = results.described(suite).reference, best_cell(results, suite)
     d = paired(results, suite, best, reference) if best != reference else None
     return {"suite": f"`{suite}`", "cells": f"{len(results.cells(suite))} of {len(results.described(suite).cells)}", "seeds": "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))),
             "reference": f"`{reference}`", "best by NLL (nats better than the reference)": f"`{best}`" + (f"<br>{_interval(d, DECIDING)}, {_side(verdict(d))}" if d else ""),
-            "claims": ", ".join(f"{k}: {n}" for k, n in counts.items() if n) or "none"}
+            "claims, by NLL": counted(DECIDING), "by ROUGE-L": counted("rouge_l")}
 
 def summary_markdown(runs_dir: str | Path = "runs", suites: Optional[dict] = None, results: Optional[Results] = None, answers: bool = True) -> str:
     "The results so far: a line per suite with runs, what was not run, and (`answers`) a paragraph for each of the two questions."
@@ -623,15 +624,17 @@ def summary_markdown(runs_dir: str | Path = "runs", suites: Optional[dict] = Non
 
 # %% ../nbs/14_statistics.ipynb #373e7aaf
 def claims_sentence(results: Results) -> str:
-    "How many claims were tested in all, how they came out, and how many verdicts to expect by chance."
-    counts = {k: 0 for k in (HOLDS, FAILS, OPEN, NOT_RUN)}
-    for name in results.names:
-        for k, n in verdict_counts(suite_claims(results, name)).items(): counts[k] += n
-    tested = sum(counts.values()) - counts[NOT_RUN]
-    if not tested: return ""
-    said = ", ".join(f"{k} {n}" for k, n in counts.items() if n and k != NOT_RUN)
-    return (f"{tested} claim{'s were' if tested > 1 else ' was'} tested in all: {said}. They are not corrected for their number: if no cell differed from another, each would come out as *{HOLDS}* or *{FAILS}* "
-            f"in 3 to 12 of 100 cases, by how much seeds differ (simulated in notebook 14): {0.03 * tested:.1f} to {0.12 * tested:.1f} of the {tested}.")
+    "How many claims were tested in all, how they came out by the deciding metric and by the paper's, where the two contradict each other, and how many verdicts to expect by chance."
+    claims = [c for name in results.names for _, c in suite_claims(results, name).iterrows() if verdict(c[DECIDING]) != NOT_RUN]
+    if not claims: return ""
+    def said(metric):
+        counts = Counter(verdict(c[metric]).split(" (")[0] for c in claims)
+        return ", ".join(f"{k} {counts[k]}" for k in (HOLDS, FAILS, OPEN) if counts[k])
+    against = [f"{c.text} ({verdict(c[DECIDING])}, {verdict(c['rouge_l'])})" for c in claims if {verdict(c[m]) for m in (DECIDING, "rouge_l")} == {HOLDS, FAILS}]
+    n = len(claims)
+    return (f"{n} claim{'s were' if n > 1 else ' was'} tested in all. By NLL, which decides: {said(DECIDING)}. By ROUGE-L, the paper's metric: {said('rouge_l')}."
+            + (f" **The two contradict each other** in {len(against)}: {'; '.join(against)}." if against else "")
+            + f" The verdicts are not corrected for their number: if no cell differed from another, each would come out as *{HOLDS}* or *{FAILS}* in 3 to 12 of 100 cases, by how much seeds differ (simulated in notebook 14): {0.03 * n:.1f} to {0.12 * n:.1f} of the {n}.")
 
 def not_run_sentence(results: Results) -> str:
     "The suites without runs; empty if all ran."

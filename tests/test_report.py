@@ -305,7 +305,14 @@ def test_claims_have_their_verdict_by_nll_and_the_others_beside_it(results):
     assert list(found.nll_verdict) == [HOLDS, FAILS] and list(found.rouge_l_verdict) == [OPEN, OPEN] and list(found.seeds) == [3, 3]
     text = suite_markdown(results, 'loss_weights')
     assert '2 claims tested here' in text and re.search(r'all weights 1 .*Table 9 \| 3 \| \*\*holds\*\* \| \+0\.300 \[\+0\.300, \+0\.300\]', text)
-    assert 'holds 1, does not hold 1' in claims_sentence(results) and '2 claims were tested in all' in claims_sentence(results)
+    said = claims_sentence(results)
+    assert "2 claims were tested in all. By NLL, which decides: holds 1, does not hold 1. By ROUGE-L, the paper's metric: not resolved 2." in said and 'contradict' not in said
+
+def test_claims_on_which_the_metrics_contradict_each_other_are_named(tmp_path):
+    for seed in range(3):
+        add(tmp_path, 'spans', 'phrases', seed)
+        add(tmp_path, 'spans', 'none', seed, shift=-.2, rouge=-5.)
+    assert '**The two contradict each other** in 1: phrases (does not hold, holds).' in claims_sentence(read_results(tmp_path, SUITES))
 
 def test_a_claim_about_a_cell_without_runs_is_not_run(tmp_path):
     add(tmp_path, 'spans', 'phrases', 0)
@@ -420,7 +427,7 @@ def test_suite_without_runs_says_so(results):
 def test_summary_names_what_ran_and_what_did_not(tmp_path):
     weights(tmp_path)
     text = summary_markdown(tmp_path, SUITES)
-    assert '| `loss_weights` | 3 of 3 | 3 | `one` | `half`<br>+0.200 [+0.200, +0.200], **better** | holds: 1, does not hold: 1 |' in text
+    assert '| `loss_weights` | 3 of 3 | 3 | `one` | `half`<br>+0.200 [+0.200, +0.200], **better** | holds: 1, does not hold: 1 | not resolved: 2 |' in text
     assert 'Not run yet: `fixed_clipping` and `spans`.' in text and 'Does the balance' in text and 'learned clipping beat' in text
     assert 'Does the balance' not in summary_markdown(tmp_path, SUITES, answers=False)
 
