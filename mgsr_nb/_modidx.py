@@ -18,6 +18,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mgsr_nb.config.RunConfig': ('config.html#runconfig', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.RunConfig._consistent': ('config.html#runconfig._consistent', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.RunConfig._join': ('config.html#runconfig._join', 'mgsr_nb/config.py'),
+                                'mgsr_nb.config.RunConfig.counted': ('config.html#runconfig.counted', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.RunConfig.digest': ('config.html#runconfig.digest', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.RunConfig.distils': ('config.html#runconfig.distils', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.RunConfig.eval_seed_list': ('config.html#runconfig.eval_seed_list', 'mgsr_nb/config.py'),

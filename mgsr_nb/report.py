@@ -29,7 +29,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from .config import runs_root, write_atomic, write_json
+from .config import recorded_digests, runs_root, write_atomic, write_json
 
 # %% ../nbs/14_statistics.ipynb #1539ee02
 @dataclass(frozen=True)
@@ -371,7 +371,7 @@ def _row(r: Run) -> dict:
     means = {k: number(scores.get("average", {}), k, digits) for k, digits in (("rouge_l", 2), ("nll", 4), ("kl", 4))}
     held_out = {f"validation_{k}": number(scores.get("validation", {}), k, 4) for k in ("nll", "kl")}
     seconds = {f"seconds_{k}": number(m.get("seconds", {}), k, 1) for k in ("preparation", "training", "evaluation")}
-    return dict(suite=r.suite, cell=r.cell, seed=r.seed, **means, **held_out, **tests, **seconds, digest=m.get("digest"), preset=config.get("preset"),
+    return dict(suite=r.suite, cell=r.cell, seed=r.seed, **means, **held_out, **tests, **seconds, digest=next(iter(recorded_digests(r.folder)), m.get("digest")), preset=config.get("preset"),
                 **{k: machine.get(k) for k in ("precision", "device_type", "threads", "torch")}, error=r.error or None)
 
 def results_csv(runs_dir: str | Path = "runs", suites: Optional[dict] = None, results: Optional[Results] = None) -> str:

@@ -5,7 +5,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 from mgsr_nb import config as C
-from mgsr_nb.config import (ELSEWHERE, METHODS, PRESETS, ConfigError, RunConfig, finished, from_notebook, open_run, parameter_table, project_root, resolve, run_name,
+from mgsr_nb.config import (ELSEWHERE, METHODS, PRESETS, SOURCE_ONLY, ConfigError, RunConfig, finished, from_notebook, open_run, parameter_table, project_root, resolve, run_name,
                             write_atomic, write_csv, write_json)
 
 FIELDS = RunConfig.model_fields
@@ -305,9 +305,16 @@ def test_it_reads_what_ipython_keeps():
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_the_digest_changes_with_what_is_computed_and_only_with_that(name):
-    base, other = RunConfig(**NEEDS.get(name, {})), RunConfig(**with_needs(name))
+    source = {"sampling": SOURCE_ONLY[name]} if name in SOURCE_ONLY else {}
+    base, other = RunConfig(**source, **NEEDS.get(name, {})), RunConfig(**source, **with_needs(name))
     assert (base.digest == other.digest) == (name in ELSEWHERE)
     if name not in ELSEWHERE: assert run_name(base) != run_name(other)
+
+@pytest.mark.parametrize("name", SOURCE_ONLY)
+def test_what_another_source_would_need_makes_no_other_run(name):
+    for sampling in ("fixed", "on_policy", "mixed", "off_policy"):
+        base, other = (resolve(sampling=sampling, scrg=False, **more) for more in ({}, {name: OTHER[name]}))
+        assert (base.digest == other.digest) == (run_name(base) == run_name(other)) == (sampling != SOURCE_ONLY[name])
 
 def test_the_digest_is_the_same_in_another_process():
     code = "from mgsr_nb.config import resolve; print(resolve(seed=5, eval_seeds=[1, 2]).digest)"
