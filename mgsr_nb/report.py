@@ -123,10 +123,9 @@ def on_the_same_prompts(runs: Sequence[Run]) -> list[Run]:
 
 def in_one_precision(runs: Sequence[Run]) -> list[Run]:
     "The runs; those with precision auto that computed in another precision than most such runs of their suite, on another machine perhaps, get an error that says so."
-    auto = [r for r in runs if r.usable and r.metrics["config"].get("precision") == "auto"]
-    of = lambda r: r.metrics["machine"].get("precision")
-    most = {suite: Counter(of(r) for r in auto if r.suite == suite).most_common(1)[0][0] for suite in {r.suite for r in auto}}
-    return [replace(r, error=f"it computed in {of(r)}, most of its suite in {most[r.suite]}: run it again with -p precision {most[r.suite]}") if r in auto and of(r) != most[r.suite] else r for r in runs]
+    auto, of = (lambda r: r.usable and r.metrics["config"].get("precision") == "auto"), lambda r: r.metrics["machine"].get("precision")
+    most = {suite: n for (suite, n), _ in sorted(Counter((r.suite, of(r)) for r in runs if auto(r)).items(), key=lambda item: item[1])}
+    return [replace(r, error=f"it computed in {of(r)}, most of its suite in {most[r.suite]}: run it again with -p precision {most[r.suite]}") if auto(r) and of(r) != most[r.suite] else r for r in runs]
 
 TEACHERS = ("teacher", "teacher_sft_steps", "data", "template", "max_prompt_tokens", "max_tokens", "max_train_examples", "batch_size", "learning_rate", "warmup_steps", "weight_decay",
             "max_grad_norm", "lora_rank", "frozen_precision")      # parameters that make the tuned teacher
