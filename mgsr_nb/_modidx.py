@@ -599,6 +599,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mgsr_nb.training.damage': ('training.html#damage', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.file_digests': ('training.html#file_digests', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.fine_tune': ('training.html#fine_tune', 'mgsr_nb/training.py'),
+                                  'mgsr_nb.training.influences': ('training.html#influences', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.learned_limits': ('training.html#learned_limits', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.load_data': ('training.html#load_data', 'mgsr_nb/training.py'),
                                   'mgsr_nb.training.machine': ('training.html#machine', 'mgsr_nb/training.py'),

@@ -6,10 +6,10 @@
 __all__ = ['STATES_LIMIT', 'make_clip', 'make_objective', 'make_source', 'make_detector', 'Distiller', 'correction_gains',
            'Distilled', 'Micro', 'by_length', 'micro_batches', 'make_optimizer', 'schedule_factor', 'fine_tune',
            'made_once', 'text_digest', 'model_key', 'Setup', 'tokenised', 'load_data', 'tuned', 'tuned_teacher',
-           'make_student', 'teacher_responses', 'make_accelerator', 'check_launcher', 'accelerator_of', 'check_tools',
-           'check_pair', 'prepare', 'precision_of', 'Progress', 'TrainingError', 'check_finite', 'file_digests',
-           'cut_off', 'damage', 'Clock', 'tracking', 'Trainer', 'teacher_states', 'scores', 'machine', 'write_results',
-           'tidy', 'speaking', 'run', 'metrics_table', 'learned_limits']
+           'influences', 'make_student', 'teacher_responses', 'make_accelerator', 'check_launcher', 'accelerator_of',
+           'check_tools', 'check_pair', 'prepare', 'precision_of', 'Progress', 'TrainingError', 'check_finite',
+           'file_digests', 'cut_off', 'damage', 'Clock', 'tracking', 'Trainer', 'teacher_states', 'scores', 'machine',
+           'write_results', 'tidy', 'speaking', 'run', 'metrics_table', 'learned_limits']
 
 # %% ../nbs/10_training.ipynb #4c33aa5b
 import contextlib, dataclasses, hashlib, json, logging, math, os, platform, shutil, time, traceback, warnings, zipfile
@@ -314,14 +314,19 @@ def tuned_teacher(config: RunConfig, tokenizer, train: Sequence[Encoded], accele
     "The teacher after `teacher_sft_steps`, and what identifies it."
     return tuned("teacher", config, config.teacher_sft_steps, {"model": model_key(config.teacher)}, lambda: load_model(config.teacher), tokenizer, train, accelerator)
 
+def influences(teacher: nn.Module, teacher_key: dict, examples: Sequence[Encoded], pad_id: int) -> list[float]:
+    "`block_influence` of each layer of the teacher on training `examples` (nothing held out takes part in the choice), an artefact of the two."
+    device = next(teacher.parameters()).device
+    def make(folder: Path):
+        write_json(folder/"influence.json", block_influence(teacher, collate([(e.prompt_ids, e.response_ids) for e in examples], pad_id).to(device)).tolist())
+    key = {"teacher": teacher_key, "texts": text_digest(examples), "device": device.type}
+    return json.loads((made_once("influence", key, make)/"influence.json").read_text())
+
 def make_student(config: RunConfig, teacher: nn.Module, teacher_key: dict, train: Sequence[Encoded], tokenizer, accelerator: Accelerator) -> tuple[nn.Module, dict]:
     "The student at its start (without adapters), after `student_sft_steps`, and what identifies it."
     key, load = {"model": model_key(config.student)} if config.student != "truncate" else {}, lambda: load_model(config.student, "student")
     if config.student == "truncate":
-        influence = None
-        if config.layer_choice == "influence":  # measured on training text: nothing held out takes part in the choice
-            batch = collate([(e.prompt_ids, e.response_ids) for e in train[:16]], tokenizer.pad_token_id).to(accelerator.device)
-            influence = block_influence(teacher, batch).tolist()
+        influence = influences(teacher, teacher_key, train[:16], tokenizer.pad_token_id) if config.layer_choice == "influence" else None
         keep = choose_layers(teacher.config.num_hidden_layers, config.student_layers, config.layer_choice, influence)
         key, load = {"layers": keep, "teacher": teacher_key}, lambda: truncate(teacher, keep)
     return tuned("student", config, config.student_sft_steps, key, load, tokenizer, train, accelerator)

@@ -92,8 +92,9 @@ def test_overwrite_replaces_it(config):
 
 def test_the_tuned_teacher_and_the_scores_of_what_does_not_train_are_made_once(config, monkeypatch, tmp_path):
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"own cache"))
-    tuned, evaluated = [], []
-    fine_tune, evaluate = T.fine_tune, T.evaluate
+    tuned, evaluated, measured = [], [], []
+    fine_tune, evaluate, block_influence = T.fine_tune, T.evaluate, T.block_influence
+    monkeypatch.setattr(T, "block_influence", lambda *a: measured.append(1) or block_influence(*a))
     monkeypatch.setattr(T, "fine_tune", lambda *a, **k: tuned.append(1) or fine_tune(*a, **k))
     monkeypatch.setattr(T, "evaluate", lambda *a, **k: evaluated.append(1) or evaluate(*a, **k))
     first = run(config("llama"), cpu=True)
@@ -103,8 +104,9 @@ def test_the_tuned_teacher_and_the_scores_of_what_does_not_train_are_made_once(c
     assert all(first[who] == second[who] for who in ("student_start", "teacher")) and first["student"] != second["student"]
     run(config("llama", student_layers=1), cpu=True)
     assert (len(tuned), len(evaluated)) == (1, 6)                    # another start
+    assert len(measured) == 1                                        # which layers a student keeps, however many
     run(config("llama", teacher_sft_steps=2), cpu=True)
-    assert (len(tuned), len(evaluated)) == (2, 9)                    # another teacher
+    assert (len(tuned), len(evaluated), len(measured)) == (2, 9, 2)  # another teacher
     run(config("llama", teacher_sft_steps=2, eval_seeds="20"), cpu=True)
     assert (len(tuned), len(evaluated)) == (2, 12)                   # other draws
 
