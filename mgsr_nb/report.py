@@ -624,12 +624,11 @@ def summary_markdown(runs_dir: str | Path = "runs", suites: Optional[dict] = Non
 # %% ../nbs/14_statistics.ipynb #373e7aaf
 def claims_sentence(results: Results) -> str:
     "How many claims were tested in all, how they came out by the deciding metric and by the paper's, where the two contradict each other, and how many verdicts to expect by chance."
-    claims = [c for name in results.names for _, c in suite_claims(results, name).iterrows() if verdict(c[DECIDING]) != NOT_RUN]
-    if not claims: return ""
-    def said(metric):
-        counts = Counter(verdict(c[metric]).split(" (")[0] for c in claims)
-        return ", ".join(f"{k} {counts[k]}" for k in (HOLDS, FAILS, OPEN) if counts[k])
-    against = [f"{c.text} ({verdict(c[DECIDING])}, {verdict(c['rouge_l'])})" for c in claims if {verdict(c[m]) for m in (DECIDING, "rouge_l")} == {HOLDS, FAILS}]
+    claims = pd.concat([pd.DataFrame(), *(suite_claims(results, name) for name in results.names)])
+    claims = claims if claims.empty else claims[claims[f"{DECIDING}_verdict"] != NOT_RUN]
+    if claims.empty: return ""
+    said = lambda metric: ", ".join(f"{k} {n}" for k, n in verdict_counts(claims, metric).items() if n)
+    against = [f"{c.text} ({c[f'{DECIDING}_verdict']}, {c.rouge_l_verdict})" for _, c in claims.iterrows() if {c[f"{DECIDING}_verdict"], c.rouge_l_verdict} == {HOLDS, FAILS}]
     n = len(claims)
     return (f"{n} claim{'s were' if n > 1 else ' was'} tested in all. By NLL, which decides: {said(DECIDING)}. By ROUGE-L, the paper's metric: {said('rouge_l')}."
             + (f" **The two contradict each other** in {len(against)}: {'; '.join(against)}." if against else "")

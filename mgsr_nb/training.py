@@ -589,6 +589,7 @@ class Trainer:
         "One optimiser update; its row of the log. Raises `TrainingError` if a term is not finite."
         step, rate, clock = self.progress.step, self.schedule.get_last_lr()[0], self.clock
         clock.spans.clear()      # an example that was drawn to be looked at is part of no step
+        self.checked = None      # the weights are about to change
         with clock.part("all"), clock.watching("teacher", decoder(self.setup.teacher)):
             examples, distilled, notes = self.draw(step)
             with clock.part("update"): found = self.update(examples, distilled)

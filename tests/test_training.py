@@ -560,6 +560,10 @@ def test_a_known_start_is_not_validated_again(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("select", ["last", "nll"])
 def test_the_last_validation_is_the_result_unless_other_weights_are(config, select):
     t = Trainer(prepare(config(max_steps=2, select=select, eval_every=1), cpu=True))
+    with pytest.raises(Interrupted): t.fit(interrupt_at(1))
+    t.step()
+    assert t.checked is None         # training went on since
+    t = Trainer(prepare(config(max_steps=2, select=select, eval_every=1), cpu=True))
     t.fit()
     assert (t.checked is None) == (select == "nll")
     known = T.scores(t.setup, t.setup.student, validation=t.checked)["validation"]
