@@ -10,11 +10,11 @@ __all__ = ['NO_SUITES', 'TEACHERS', 'METRICS', 'DECIDING', 'WITHOUT', 'DRAWS', '
            'Estimate', 'estimate', 'better_by', 'paired', 'verdict', 'sets_of', 'suite_scores', 'markdown_table',
            'score_table', 'suite_effects', 'suite_claims', 'effect_table', 'claim_table', 'results_table',
            'results_csv', 'write_results_csv', 'spread_of_sets', 'sensitivity', 'weights_answer', 'clipping_pairs',
-           'clipping_answer', 'suite_logs', 'where_limits_ended', 'diagnostics', 'diagnostics_table', 'setting',
-           'notes', 'gaps', 'suite_markdown', 'best_cell', 'verdict_counts', 'summary_markdown', 'claims_sentence',
-           'not_run_sentence', 'failures_markdown', 'small_png', 'effect_plot', 'learning_curves', 'limits_plot',
-           'weight_grid', 'weight_heatmap', 'training_seconds', 'costs', 'cost_plot', 'suite_figures', 'show_suite',
-           'compare']
+           'clipping_answer', 'suite_logs', 'where_limits_ended', 'diagnostics', 'diagnostics_table', 'each_run',
+           'rank_correlation', 'metrics_apart', 'setting', 'notes', 'gaps', 'suite_markdown', 'best_cell',
+           'verdict_counts', 'summary_markdown', 'claims_sentence', 'not_run_sentence', 'failures_markdown',
+           'small_png', 'effect_plot', 'learning_curves', 'limits_plot', 'weight_grid', 'weight_heatmap',
+           'training_seconds', 'costs', 'cost_plot', 'metrics_plot', 'suite_figures', 'show_suite', 'compare']
 
 # %% ../nbs/14_statistics.ipynb #c54542c7
 import io, json, re
@@ -551,6 +551,34 @@ def diagnostics_table(found: pd.DataFrame) -> str:
     return markdown_table([{"cell": cell if cell in (BEFORE, TEACHER) else f"`{cell}`"} | {label: text(row[key], factor, digits) for key, (label, factor, digits) in shown.items()}
                            for cell, row in found.iterrows()]) if shown else ""
 
+# %% ../nbs/14_statistics.ipynb #ebbabb75
+def each_run(results: Results) -> pd.DataFrame:
+    "A row a run, copies once, of the preset and prompts that most runs have: suite, cell, seed, dac (whether DAC-KL is trained), and the means over the test sets of each metric and of distinct_2 (nan where it was not recorded)."
+    rows = []
+    for r in (r for r in results.runs if r.usable):
+        test, config = r.metrics["student"]["test"], r.metrics["config"]
+        rows.append(dict(suite=r.suite, cell=r.cell, seed=r.seed, preset=config.get("preset", ""), prompts=str([t["tokens_per_prompt"] for t in test.values()]), dac=config.get("dac_weight", 0) > 0,
+                         distinct_2=np.mean([t.get("distinct_2", np.nan) for t in test.values()])) | {m: float(sample([r], m).by_seed()[0]) for m in METRICS})
+    found = pd.DataFrame(rows, columns=["suite", "cell", "seed", "preset", "prompts", "dac", "distinct_2", *METRICS]).drop_duplicates([*METRICS, "seed", "preset", "prompts"])
+    groups = [part for _, part in found.groupby(["preset", "prompts"], sort=False)]
+    return max(groups, key=len) if groups else found
+
+def rank_correlation(a: pd.Series, b: pd.Series) -> float:
+    "Spearman's: Pearson's correlation of the ranks."
+    return a.rank().corr(b.rank())
+
+def metrics_apart(results: Results) -> str:
+    "Markdown: Spearman's rank correlation of ROUGE-L with NLL and with distinct-2 over `each_run`, and among the runs with and without DAC-KL. Empty with fewer than 10 runs."
+    runs = each_run(results)
+    if len(runs) < 10 or runs.distinct_2.isna().any(): return ""
+    def with_(key):
+        of = lambda part: f"{rank_correlation(part.rouge_l, part[key]):+.2f}"
+        return f"{of(runs)} ({', '.join(f'{len(part)} {name} DAC-KL: {of(part)}' for name, part in (('with', runs[runs.dac]), ('without', runs[~runs.dac])) if len(part) > 2)})"
+    parted = rank_correlation(runs.rouge_l, runs.nll) > 0 > rank_correlation(runs.rouge_l, runs.distinct_2)
+    return (f"*Added after the runs were seen, for no verdict:* over the {len(runs)} different runs of one preset, Spearman's rank correlation of ROUGE-L with distinct-2 is {with_('distinct_2')}, with NLL {with_('nll')}."
+            + (" So ROUGE-L is higher where answers are more alike, and, over all, where the NLL is *worse*. Sharper distributions would do both: a draw at temperature 1 strays less, and a reference that strays costs more." if parted else "")
+            + " The runs share prompts, seeds and cells: a description, not a test, and no cell isolates it.")
+
 # %% ../nbs/14_statistics.ipynb #8ab3ffe7
 RECORDED = {"config": {"preset": "preset {}", "teacher": "teacher {}", "teacher_sft_steps": "{} steps of SFT on it", "student": "student {}", "student_layers": "with {} layers", "data": "data {}", "max_steps": "{} steps",
                        "batch_size": "of {} texts", "max_new_tokens": "answers of at most {} tokens", "eval_seeds": "generation seeds {}"},
@@ -615,10 +643,10 @@ def _summary_row(results: Results, suite: str) -> dict:
             "claims, by NLL": counted(DECIDING), "by ROUGE-L": counted("rouge_l")}
 
 def summary_markdown(runs_dir: str | Path = "runs", suites: Optional[dict] = None, results: Optional[Results] = None, answers: bool = True) -> str:
-    "The results so far: a line per suite with runs, what was not run, and (`answers`) a paragraph for each of the two questions."
+    "The results so far: a line per suite with runs, what the claims came to, what goes with what, what was not run, and (`answers`) a paragraph for each of the two questions."
     r = results or read_results(runs_dir, suites)
     ran = [n for n in r.names if r.cells(n)]
-    parts = [markdown_table([_summary_row(r, n) for n in ran]), claims_sentence(r), not_run_sentence(r), *((weights_answer(r), clipping_answer(r)) if answers else ())]
+    parts = [markdown_table([_summary_row(r, n) for n in ran]), claims_sentence(r), metrics_apart(r), not_run_sentence(r), *((weights_answer(r), clipping_answer(r)) if answers else ())]
     return "\n\n".join(p for p in parts if p)
 
 # %% ../nbs/14_statistics.ipynb #373e7aaf
@@ -772,6 +800,17 @@ def cost_plot(frame: pd.DataFrame) -> Figure:
     axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     mean = frame.groupby("cell").seconds.mean()
     return _finished(figure, f"NLL and ROUGE-L against the seconds of training, a dot a run and a cross a cell: from {mean.min():.0f} seconds ({mean.idxmin()}) to {mean.max():.0f} ({mean.idxmax()}) on average.")
+
+# %% ../nbs/14_statistics.ipynb #0bc2a115
+def metrics_plot(frame: pd.DataFrame) -> Figure:
+    "`each_run`: ROUGE-L against distinct-2 and against NLL, a dot a run."
+    figure, axes = _axes(2, 9, 3.2, sharey=True)
+    for ax, key, label in zip(axes, ("distinct_2", "nll"), ("distinct-2 (left: answers more alike)", "NLL, nats a token (left: better)")):
+        for name, part, colour in (("with DAC-KL", frame[frame.dac], "C1"), ("without", frame[~frame.dac], "C0")): ax.plot(part[key], part.rouge_l, "o", ms=4, alpha=0.7, color=colour, label=name)
+        ax.set(xlabel=label)
+    axes[0].set_ylabel("ROUGE-L, points")
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    return _finished(figure, f"ROUGE-L against distinct-2 and against NLL, a dot for each of {len(frame)} runs, {int(frame.dac.sum())} of them with DAC-KL. The rank correlations are in the text.")
 
 # %% ../nbs/14_statistics.ipynb #793b3b86
 LIMITS_SHOWN = ("fixed_clipping", "f_sub")     # the suites whose cells change what is learned about the limits

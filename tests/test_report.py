@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from mgsr_nb.config import write_json
 from mgsr_nb import report
 from mgsr_nb.report import (BEFORE, FAILS, HOLDS, METRICS, NOT_RUN, OPEN, TEACHER, Estimate, Results, Sample, best_cell, better_by, claims_sentence, clipping_answer, clipping_pairs, costs, draws_of,
-                            effect_plot, estimate, failures_markdown, gaps, learning_curves, limits_plot, paired, read_results, resampled, results_csv, results_table, sample, score_table,
+                            each_run, effect_plot, estimate, failures_markdown, gaps, learning_curves, limits_plot, metrics_apart, metrics_plot, paired, rank_correlation, read_results, resampled, results_csv, results_table, sample, score_table,
                             setting, small_png, suite_claims, suite_effects, suite_figures, suite_logs, suite_markdown, suite_scores, summary_markdown, verdict, weight_grid, weights_answer,
                             where_limits_ended, write_results_csv, write_toy_run)
 
@@ -318,6 +318,52 @@ def test_a_claim_about_a_cell_without_runs_is_not_run(tmp_path):
     add(tmp_path, 'spans', 'phrases', 0)
     found = read_results(tmp_path, SUITES)
     assert list(suite_claims(found, 'spans').nll_verdict) == [NOT_RUN] and '**not run**' in suite_markdown(found, 'spans') and claims_sentence(found) == ''
+
+
+# ---- what goes with what
+
+def with_distinct(folder, value):
+    metrics = json.loads((folder/'metrics.json').read_text())
+    for scores in metrics['student']['test'].values(): scores['distinct_2'] = value
+    write_json(folder/'metrics.json', metrics)
+
+def runs_that_rise(tmp_path, sign=1):
+    "Eleven runs whose NLL and, by `sign`, ROUGE-L rise while distinct-2 falls; five of them are of `half`, which trains DAC-KL."
+    for k in range(11): with_distinct(add(tmp_path, 'loss_weights', 'half' if k < 5 else f'other{k}', k if k < 5 else 0, shift=k, rouge=sign * k), 0.9 - k / 100)
+
+def test_ranks_not_values_are_correlated():
+    assert rank_correlation(pd.Series([1., 2., 3., 1000.]), pd.Series([4., 3., 2., 1.])) == pytest.approx(-1)
+    assert rank_correlation(pd.Series([1., 2., 3.]), pd.Series([2., 3., 1.])) == pytest.approx(-0.5)      # 1 - 6 (1 + 1 + 4) / (3 * 8)
+
+def test_each_run_counts_once_and_only_those_of_the_usual_preset(tmp_path):
+    runs_that_rise(tmp_path)
+    with_distinct(add(tmp_path, 'spans', 'phrases', 0, shift=6, rouge=6), 0.84)       # what `other6` is, in another suite
+    folder = add(tmp_path, 'spans', 'none', 0)
+    metrics = json.loads((folder/'metrics.json').read_text())
+    metrics['config']['preset'] = 'quickstart'
+    write_json(folder/'metrics.json', metrics)
+    found = each_run(read_results(tmp_path, SUITES))
+    assert len(found) == 11 and found.dac.sum() == 5 and list(found.columns[-3:]) == list(METRICS)
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_correlations_are_said_and_explained_only_if_they_part(tmp_path, sign):
+    runs_that_rise(tmp_path, sign)
+    said = metrics_apart(read_results(tmp_path, SUITES))
+    a, b = ('-1.00', '+1.00') if sign == 1 else ('+1.00', '-1.00')
+    assert 'over the 11 different runs of one preset' in said and f'distinct-2 is {a} (5 with DAC-KL: {a}, 6 without DAC-KL: {a}), with NLL {b} (' in said
+    assert ('more alike' in said) == (sign == 1) and 'no cell isolates it' in said and said in summary_markdown(results=read_results(tmp_path, SUITES))
+
+def test_nothing_is_said_of_few_runs_or_without_distinct_2(tmp_path):
+    assert len(each_run(read_results(tmp_path, SUITES))) == 0 and metrics_apart(read_results(tmp_path, SUITES)) == ''
+    runs_that_rise(tmp_path)
+    add(tmp_path, 'loss_weights', 'other5', 0, shift=5)                               # written again, without distinct-2
+    assert metrics_apart(read_results(tmp_path, SUITES)) == ''
+
+def test_the_plot_has_a_dot_a_run_in_its_group(tmp_path):
+    runs_that_rise(tmp_path)
+    left, right = metrics_plot(each_run(read_results(tmp_path, SUITES))).axes
+    for ax in (left, right): assert [len(line.get_xdata()) for line in ax.lines] == [5, 6]
+    assert list(right.lines[0].get_ydata()) == pytest.approx([22.5 + k for k in range(5)])
 
 
 # ---- words
