@@ -657,10 +657,10 @@ def claims_sentence(results: Results) -> str:
     if claims.empty: return ""
     said = lambda metric: ", ".join(f"{k} {n}" for k, n in verdict_counts(claims, metric).items() if n)
     against = [f"{c.text} ({c[f'{DECIDING}_verdict']}, {c.rouge_l_verdict})" for _, c in claims.iterrows() if {c[f"{DECIDING}_verdict"], c.rouge_l_verdict} == {HOLDS, FAILS}]
-    n = len(claims)
-    return (f"{n} claim{'s were' if n > 1 else ' was'} tested in all. By NLL, which decides: {said(DECIDING)}. By ROUGE-L, the paper's metric: {said('rouge_l')}."
+    n, few = len(claims), int((claims.seeds < MIN_SEEDS).sum())
+    return (f"{n} claim{'s were' if n > 1 else ' was'} tested in all{f', {few} of them with fewer than {MIN_SEEDS} training seeds, which resolve nothing' if few else ''}. By NLL, which decides: {said(DECIDING)}. By ROUGE-L, the paper's metric: {said('rouge_l')}."
             + (f" **The two contradict each other** in {len(against)}: {'; '.join(against)}." if against else "")
-            + f" The verdicts are not corrected for their number: if no cell differed from another, each would come out as *{HOLDS}* or *{FAILS}* in 3 to 12 of 100 cases, by how much seeds differ (simulated in notebook 14): {0.03 * n:.1f} to {0.12 * n:.1f} of the {n}.")
+            + (f" The verdicts are not corrected for their number: if no cell differed from another, each claim with seeds enough would come out as *{HOLDS}* or *{FAILS}* in 3 to 12 of 100 cases, by how much seeds differ (simulated in notebook 14): {0.03 * (n - few):.1f} to {0.12 * (n - few):.1f} of {n - few}." if n > few else ""))
 
 def not_run_sentence(results: Results) -> str:
     "The suites without runs; empty if all ran."

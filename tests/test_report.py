@@ -314,6 +314,14 @@ def test_claims_on_which_the_metrics_contradict_each_other_are_named(tmp_path):
         add(tmp_path, 'spans', 'none', seed, shift=-.2, rouge=-5.)
     assert '**The two contradict each other** in 1: phrases (does not hold, holds).' in claims_sentence(read_results(tmp_path, SUITES))
 
+def test_claims_with_few_seeds_are_counted_apart(tmp_path):
+    weights(tmp_path)
+    for cell in ('phrases', 'none'): add(tmp_path, 'spans', cell, 0)
+    said = claims_sentence(read_results(tmp_path, SUITES))
+    assert '3 claims were tested in all, 1 of them with fewer than 3 training seeds' in said and said.endswith('0.1 to 0.2 of 2.')
+    few = claims_sentence(Results([r for r in read_results(tmp_path, SUITES).runs if r.suite == 'spans'], SUITES))
+    assert few.startswith('1 claim was tested in all, 1 of them') and 'corrected for' not in few
+
 def test_a_claim_about_a_cell_without_runs_is_not_run(tmp_path):
     add(tmp_path, 'spans', 'phrases', 0)
     found = read_results(tmp_path, SUITES)
