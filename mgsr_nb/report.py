@@ -639,7 +639,7 @@ def _summary_row(results: Results, suite: str) -> dict:
     reference, best = results.described(suite).reference, best_cell(results, suite)
     d = paired(results, suite, best, reference) if best != reference else None
     return {"suite": f"`{suite}`", "cells": f"{len(results.cells(suite))} of {len(results.described(suite).cells)}", "seeds": "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))),
-            "reference": f"`{reference}`", "best by NLL (nats better than the reference)": f"`{best}`" + (f"<br>{_interval(d, DECIDING)}, {_side(verdict(d))}" if d else ""),
+            "best by NLL, nats better than the reference": f"`{best}`" + (f"<br>{_interval(d, DECIDING)} than `{reference}`, {_side(verdict(d))}" if d else ", the reference" if best == reference else f"<br>no seed in common with `{reference}`"),
             "claims, by NLL": counted(DECIDING), "by ROUGE-L": counted("rouge_l")}
 
 def summary_markdown(runs_dir: str | Path = "runs", suites: Optional[dict] = None, results: Optional[Results] = None, answers: bool = True) -> str:

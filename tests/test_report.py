@@ -481,9 +481,14 @@ def test_suite_without_runs_says_so(results):
 def test_summary_names_what_ran_and_what_did_not(tmp_path):
     weights(tmp_path)
     text = summary_markdown(tmp_path, SUITES)
-    assert '| `loss_weights` | 3 of 3 | 3 | `one` | `half`<br>+0.200 [+0.200, +0.200], **better** | holds: 1, does not hold: 1 | not resolved: 2 |' in text
+    assert '| `loss_weights` | 3 of 3 | 3 | `half`<br>+0.200 [+0.200, +0.200] than `one`, **better** | holds: 1, does not hold: 1 | not resolved: 2 |' in text
     assert 'Not run yet: `fixed_clipping` and `spans`.' in text and 'Does the balance' in text and 'learned clipping beat' in text
     assert 'Does the balance' not in summary_markdown(tmp_path, SUITES, answers=False)
+
+@pytest.mark.parametrize('seeds, said', [((('one', 0), ('half', 0)), '`one`, the reference |'), ((('half', 0),), '`half`<br>no seed in common with `one` |')])
+def test_summary_of_a_suite_whose_reference_is_the_best_or_was_not_run(tmp_path, seeds, said):
+    for cell, k in seeds: add(tmp_path, 'loss_weights', cell, k, shift=0.1 * (cell == 'half'))
+    assert said in summary_markdown(tmp_path, SUITES)
 
 
 # ---- results.csv
