@@ -376,6 +376,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mgsr_nb.report.notes': ('statistics.html#notes', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.on_the_same_prompts': ('statistics.html#on_the_same_prompts', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.paired': ('statistics.html#paired', 'mgsr_nb/report.py'),
+                                'mgsr_nb.report.pictured': ('statistics.html#pictured', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.rank_correlation': ('statistics.html#rank_correlation', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.read_results': ('statistics.html#read_results', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.read_run': ('statistics.html#read_run', 'mgsr_nb/report.py'),

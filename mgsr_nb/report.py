@@ -14,7 +14,8 @@ __all__ = ['NO_SUITES', 'TEACHERS', 'METRICS', 'DECIDING', 'WITHOUT', 'DRAWS', '
            'rank_correlation', 'metrics_apart', 'setting', 'notes', 'gaps', 'suite_markdown', 'best_cell',
            'verdict_counts', 'summary_markdown', 'claims_sentence', 'not_run_sentence', 'failures_markdown',
            'small_png', 'effect_plot', 'learning_curves', 'limits_plot', 'weight_grid', 'weight_heatmap',
-           'training_seconds', 'costs', 'cost_plot', 'metrics_plot', 'suite_figures', 'show_suite', 'compare']
+           'training_seconds', 'costs', 'cost_plot', 'metrics_plot', 'suite_figures', 'pictured', 'show_suite',
+           'compare']
 
 # %% ../nbs/14_statistics.ipynb #c54542c7
 import io, json, re
@@ -825,12 +826,17 @@ def suite_figures(results: Results, suite: str) -> list[Figure]:
     if kind in LIMITS_SHOWN and "clip_upper" in log and ((log["clip"] == "learned") & log.clip_upper.notna()).any(): found.append(limits_plot(log))
     return found + [cost_plot(costs(results, suite))]
 
+def pictured(figure: Figure):
+    "The figure for a notebook: `small_png` of it, and what it shows in words."
+    from IPython.display import Image
+    return Image(small_png(figure), format="png", alt=figure.get_label())
+
 def show_suite(results: Results, suite: str) -> None:
     "Display a suite's text and figures in a notebook."
-    from IPython.display import Image, Markdown, display
+    from IPython.display import Markdown, display
     figures = suite_figures(results, suite)
     said = [Markdown("In the figures: a bar is a 95 % interval, a dot one training seed. In the grid of the weights darker is better.")] if figures else []
-    display(Markdown(suite_markdown(results, suite)), *said, *(Image(small_png(f), format="png", alt=f.get_label()) for f in figures))
+    display(Markdown(suite_markdown(results, suite)), *said, *map(pictured, figures))
 
 # %% ../nbs/14_statistics.ipynb #6b6c64a2
 def compare(first: str | Path, second: str | Path) -> pd.DataFrame:
