@@ -554,14 +554,14 @@ def diagnostics_table(found: pd.DataFrame) -> str:
 
 # %% ../nbs/14_statistics.ipynb #ebbabb75
 def each_run(results: Results) -> pd.DataFrame:
-    "A row a run, copies once, of the preset and prompts that most runs have: suite, cell, seed, dac (whether DAC-KL is trained), and the means over the test sets of each metric and of distinct_2 (nan where it was not recorded)."
+    "A row a run, copies once, of the preset, student and prompts that most runs have: suite, cell, seed, dac (whether DAC-KL is trained), and the means over the test sets of each metric and of distinct_2 (nan where it was not recorded)."
     rows = []
     for r in (r for r in results.runs if r.usable):
         test, config = r.metrics["student"]["test"], r.metrics["config"]
-        rows.append(dict(suite=r.suite, cell=r.cell, seed=r.seed, preset=config.get("preset", ""), prompts=str([t["tokens_per_prompt"] for t in test.values()]), dac=config.get("dac_weight", 0) > 0,
+        rows.append(dict(suite=r.suite, cell=r.cell, seed=r.seed, setting=str([config.get(k) for k in ("preset", "student", "student_layers")]), prompts=str([t["tokens_per_prompt"] for t in test.values()]), dac=config.get("dac_weight", 0) > 0,
                          distinct_2=np.mean([t.get("distinct_2", np.nan) for t in test.values()])) | {m: float(sample([r], m).by_seed()[0]) for m in METRICS})
-    found = pd.DataFrame(rows, columns=["suite", "cell", "seed", "preset", "prompts", "dac", "distinct_2", *METRICS]).drop_duplicates([*METRICS, "seed", "preset", "prompts"])
-    groups = [part for _, part in found.groupby(["preset", "prompts"], sort=False)]
+    found = pd.DataFrame(rows, columns=["suite", "cell", "seed", "setting", "prompts", "dac", "distinct_2", *METRICS]).drop_duplicates([*METRICS, "seed", "setting", "prompts"])
+    groups = [part for _, part in found.groupby(["setting", "prompts"], sort=False)]
     return max(groups, key=len) if groups else found
 
 def rank_correlation(a: pd.Series, b: pd.Series) -> float:
@@ -576,7 +576,7 @@ def metrics_apart(results: Results) -> str:
         of = lambda part: f"{rank_correlation(part.rouge_l, part[key]):+.2f}"
         return f"{of(runs)} ({', '.join(f'{len(part)} {name} DAC-KL: {of(part)}' for name, part in (('with', runs[runs.dac]), ('without', runs[~runs.dac])) if len(part) > 2)})"
     parted = rank_correlation(runs.rouge_l, runs.nll) > 0 > rank_correlation(runs.rouge_l, runs.distinct_2)
-    return (f"*Added after the runs were seen, for no verdict:* over the {len(runs)} different runs of one preset, Spearman's rank correlation of ROUGE-L with distinct-2 is {with_('distinct_2')}, with NLL {with_('nll')}."
+    return (f"*Added after the runs were seen, for no verdict:* over the {len(runs)} different runs of one preset and student, Spearman's rank correlation of ROUGE-L with distinct-2 is {with_('distinct_2')}, with NLL {with_('nll')}."
             + (" So ROUGE-L is higher where answers are more alike, and, over all, where the NLL is *worse*. Sharper distributions would do both: a draw at temperature 1 strays less, and a reference that strays costs more." if parted else "")
             + " The runs share prompts, seeds and cells: a description, not a test, and no cell isolates it.")
 

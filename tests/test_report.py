@@ -343,12 +343,13 @@ def test_ranks_not_values_are_correlated():
     assert rank_correlation(pd.Series([1., 2., 3., 1000.]), pd.Series([4., 3., 2., 1.])) == pytest.approx(-1)
     assert rank_correlation(pd.Series([1., 2., 3.]), pd.Series([2., 3., 1.])) == pytest.approx(-0.5)      # 1 - 6 (1 + 1 + 4) / (3 * 8)
 
-def test_each_run_counts_once_and_only_those_of_the_usual_preset(tmp_path):
+@pytest.mark.parametrize('key, other', [('preset', 'quickstart'), ('student_layers', 18)])
+def test_each_run_counts_once_and_only_those_of_the_usual_setting(tmp_path, key, other):
     runs_that_rise(tmp_path)
     with_distinct(add(tmp_path, 'spans', 'phrases', 0, shift=6, rouge=6), 0.84)       # what `other6` is, in another suite
     folder = add(tmp_path, 'spans', 'none', 0)
     metrics = json.loads((folder/'metrics.json').read_text())
-    metrics['config']['preset'] = 'quickstart'
+    metrics['config'][key] = other
     write_json(folder/'metrics.json', metrics)
     found = each_run(read_results(tmp_path, SUITES))
     assert len(found) == 11 and found.dac.sum() == 5 and list(found.columns[-3:]) == list(METRICS)
@@ -358,7 +359,7 @@ def test_correlations_are_said_and_explained_only_if_they_part(tmp_path, sign):
     runs_that_rise(tmp_path, sign)
     said = metrics_apart(read_results(tmp_path, SUITES))
     a, b = ('-1.00', '+1.00') if sign == 1 else ('+1.00', '-1.00')
-    assert 'over the 11 different runs of one preset' in said and f'distinct-2 is {a} (5 with DAC-KL: {a}, 6 without DAC-KL: {a}), with NLL {b} (' in said
+    assert 'over the 11 different runs of one preset and student' in said and f'distinct-2 is {a} (5 with DAC-KL: {a}, 6 without DAC-KL: {a}), with NLL {b} (' in said
     assert ('more alike' in said) == (sign == 1) and 'no cell isolates it' in said and said in summary_markdown(results=read_results(tmp_path, SUITES))
 
 def test_nothing_is_said_of_few_runs_or_without_distinct_2(tmp_path):
