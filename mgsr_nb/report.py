@@ -6,12 +6,12 @@
 __all__ = ['NO_SUITES', 'TEACHERS', 'METRICS', 'DECIDING', 'WITHOUT', 'DRAWS', 'HOLDS', 'FAILS', 'OPEN', 'NOT_RUN', 'MIN_SEEDS',
            'BEFORE', 'TEACHER', 'SHARE_OF_SFT', 'OF_ANSWERS', 'OF_STEPS', 'RECORDED', 'ODDITIES', 'GPT2', 'DPI',
            'LIMITS_SHOWN', 'Run', 'read_run', 'Undescribed', 'Results', 'read_results', 'on_the_same_prompts',
-           'in_one_precision', 'by_one_teacher', 'write_toy_run', 'Metric', 'Sample', 'sample', 'draws_of', 'resampled',
-           'Estimate', 'estimate', 'better_by', 'paired', 'verdict', 'sets_of', 'suite_scores', 'markdown_table',
-           'score_table', 'suite_effects', 'suite_claims', 'effect_table', 'claim_table', 'results_table',
-           'results_csv', 'write_results_csv', 'spread_of_sets', 'sensitivity', 'weights_answer', 'clipping_pairs',
-           'clipping_answer', 'suite_logs', 'where_limits_ended', 'diagnostics', 'diagnostics_table', 'each_run',
-           'rank_correlation', 'metrics_apart', 'setting', 'notes', 'gaps', 'suite_markdown', 'best_cell',
+           'in_one_precision', 'by_one_teacher', 'write_toy_run', 'Metric', 'Sample', 'sample', 'run_score', 'draws_of',
+           'resampled', 'Estimate', 'estimate', 'better_by', 'paired', 'verdict', 'sets_of', 'suite_scores',
+           'markdown_table', 'score_table', 'suite_effects', 'suite_claims', 'effect_table', 'claim_table',
+           'results_table', 'results_csv', 'write_results_csv', 'spread_of_sets', 'sensitivity', 'weights_answer',
+           'clipping_pairs', 'clipping_answer', 'suite_logs', 'where_limits_ended', 'diagnostics', 'diagnostics_table',
+           'each_run', 'rank_correlation', 'metrics_apart', 'setting', 'notes', 'gaps', 'suite_markdown', 'best_cell',
            'verdict_counts', 'summary_markdown', 'claims_sentence', 'not_run_sentence', 'failures_markdown',
            'small_png', 'effect_plot', 'learning_curves', 'limits_plot', 'weight_grid', 'weight_heatmap',
            'training_seconds', 'costs', 'cost_plot', 'metrics_plot', 'suite_figures', 'pictured', 'show_suite',
@@ -115,9 +115,14 @@ def read_results(runs_dir: str | Path = "runs", suites: Optional[dict] = None) -
     folders = [p for p in runs_root(runs_dir).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name) and p.is_dir() and p.parts[-3] not in NO_SUITES]
     return Results(by_one_teacher(in_one_precision(on_the_same_prompts([read_run(p) for p in sorted(folders)]))), suites)
 
+def _prompts(run: Run) -> str:
+    "What tells the prompts of two usable runs apart: the tokens of every reference."
+    scores = run.metrics["student"]
+    return str([(s, x["tokens_per_prompt"]) for s, x in (("validation", scores["validation"]), *scores["test"].items())])
+
 def on_the_same_prompts(runs: Sequence[Run]) -> list[Run]:
     "The runs; those that were evaluated on other prompts than most of their suite get an error that says so."
-    of = lambda r: (r.suite, str([(s, x["tokens_per_prompt"]) for s, x in (("validation", r.metrics["student"]["validation"]), *r.metrics["student"]["test"].items())]))
+    of = lambda r: (r.suite, _prompts(r))
     count = Counter(of(r) for r in runs if r.usable)
     most = {suite: n for (suite, _), n in sorted(count.items(), key=lambda item: item[1])}
     return [replace(r, error="evaluated on other prompts than most of its suite") if r.usable and count[of(r)] < most[r.suite] else r for r in runs]
@@ -194,6 +199,10 @@ def sample(runs: Sequence[Run], metric: str, where: str = "test", who: str = "st
     for r, part in zip(runs, parts):
         if tokens(part) != tokens(parts[0]): raise ValueError(f"{r.folder} and {runs[0].folder} were not evaluated on the same prompts")
     return Sample(tuple(r.seed for r in runs), {s: np.array([p[s][f"{metric}_per_prompt"] for p in parts], float) for s in weights}, weights)
+
+def run_score(run: Run, metric: str) -> float:
+    "The `metric` of one run on all test sets."
+    return float(sample([run], metric).by_seed()[0])
 
 def _parts(scores: dict, where: str) -> dict:
     if where == "validation": return {"validation": scores["validation"]}
@@ -558,10 +567,11 @@ def each_run(results: Results) -> pd.DataFrame:
     rows = []
     for r in (r for r in results.runs if r.usable):
         test, config = r.metrics["student"]["test"], r.metrics["config"]
-        rows.append(dict(suite=r.suite, cell=r.cell, seed=r.seed, setting=str([config.get(k) for k in ("preset", "student", "student_layers")]), prompts=str([t["tokens_per_prompt"] for t in test.values()]), dac=config.get("dac_weight", 0) > 0,
-                         distinct_2=np.mean([t.get("distinct_2", np.nan) for t in test.values()])) | {m: float(sample([r], m).by_seed()[0]) for m in METRICS})
-    found = pd.DataFrame(rows, columns=["suite", "cell", "seed", "setting", "prompts", "dac", "distinct_2", *METRICS]).drop_duplicates([*METRICS, "seed", "setting", "prompts"])
-    groups = [part for _, part in found.groupby(["setting", "prompts"], sort=False)]
+        setting = str([config.get(k) for k in ("preset", "student", "student_layers")]) + _prompts(r)
+        rows.append(dict(suite=r.suite, cell=r.cell, seed=r.seed, setting=setting, dac=config.get("dac_weight", 0) > 0, distinct_2=np.mean([t.get("distinct_2", np.nan) for t in test.values()]))
+                    | {m: run_score(r, m) for m in METRICS})
+    found = pd.DataFrame(rows, columns=["suite", "cell", "seed", "setting", "dac", "distinct_2", *METRICS]).drop_duplicates([*METRICS, "seed", "setting"])
+    groups = [part for _, part in found.groupby("setting", sort=False)]
     return max(groups, key=len) if groups else found
 
 def rank_correlation(a: pd.Series, b: pd.Series) -> float:
@@ -569,7 +579,7 @@ def rank_correlation(a: pd.Series, b: pd.Series) -> float:
     return a.rank().corr(b.rank())
 
 def metrics_apart(results: Results) -> str:
-    "Markdown: Spearman's rank correlation of ROUGE-L with NLL and with distinct-2 over `each_run`, and among the runs with and without DAC-KL. Empty with fewer than 10 runs."
+    "Markdown: Spearman's rank correlation of ROUGE-L with NLL and with distinct-2 over `each_run`, and among the runs with and without DAC-KL. Empty with fewer than 10 runs, or if one did not record distinct-2."
     runs = each_run(results)
     if len(runs) < 10 or runs.distinct_2.isna().any(): return ""
     def with_(key):
@@ -788,7 +798,7 @@ def training_seconds(run: Run) -> float:
 
 def costs(results: Results, suite: str) -> pd.DataFrame:
     "Columns cell, seed, seconds (`training_seconds`), and each metric: a row a run."
-    return pd.DataFrame([dict(cell=c, seed=r.seed, seconds=training_seconds(r)) | {m: float(sample([r], m).by_seed()[0]) for m in METRICS} for c, runs in results.cells(suite).items() for r in runs])
+    return pd.DataFrame([dict(cell=c, seed=r.seed, seconds=training_seconds(r)) | {m: run_score(r, m) for m in METRICS} for c, runs in results.cells(suite).items() for r in runs])
 
 def cost_plot(frame: pd.DataFrame) -> Figure:
     "`costs`: wall-clock of the training against NLL and ROUGE-L, a dot a run, a cross for the mean of a cell."
@@ -851,6 +861,6 @@ def compare(first: str | Path, second: str | Path) -> pd.DataFrame:
         runs.append(Run("", folder.name, 0, folder, metrics))      # one seed, whatever it was: the pair is one
     rows = {}
     for metric, m in METRICS.items():
-        scores = [_number(float(sample([r], metric).by_seed()[0]), m.digits) for r in runs]
+        scores = [_number(run_score(r, metric), m.digits) for r in runs]
         rows[f"{m.label}, {m.unit}"] = [*scores, _interval(estimate(better_by([runs[1]], [runs[0]], metric)), metric)]
     return pd.DataFrame(rows, index=[*(r.cell for r in runs), "better by"]).T
