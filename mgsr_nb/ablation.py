@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['USER_ERRORS', 'WEIGHTS', 'loss_weights', 'fixed_clipping', 'components', 'sampling', 'dac_parts', 'divergences',
-           'baselines', 'corrections', 'f_sub', 'spans', 'capacity', 'SUITES', 'training_notebook', 'typed_parameters',
-           'run_command', 'went_as_far_as', 'execute_whole', 'main', 'dry_command', 'results_line', 'After', 'Claim',
-           'Suite', 'learned_means']
+           'baselines', 'corrections', 'f_sub', 'spans', 'capacity', 'temperature', 'SUITES', 'training_notebook',
+           'typed_parameters', 'run_command', 'went_as_far_as', 'execute_whole', 'main', 'dry_command', 'results_line',
+           'After', 'Claim', 'Suite', 'learned_means']
 
 # %% ../nbs/11_ablation.ipynb #cbab3d03
 import json, os, sys, tempfile
@@ -197,5 +197,8 @@ capacity = Suite({f"{method},layers={n}": dict(method=method, student="truncate"
     "Does a smaller student change the comparison?",
     (Claim("MGSR, rather than KD", "mgsr,layers=24", "kd,layers=24", "Table 1"), Claim("MGSR, rather than KD, with a smaller student", "mgsr,layers=18", "kd,layers=18", "Table 1")))
 
+temperature = Suite({f"{method},T={t:g}": dict(method=method, eval_temperature=t) for t in (1., 0.7, 0.) for method in ("mgsr", "kd")}, "mgsr,T=1",
+    "Is a higher ROUGE-L a matter of how sharp the student is?")
+
 SUITES = dict(loss_weights=loss_weights, fixed_clipping=fixed_clipping, components=components, sampling=sampling, dac_parts=dac_parts, divergences=divergences,
-              baselines=baselines, corrections=corrections, f_sub=f_sub, spans=spans, capacity=capacity)
+              baselines=baselines, corrections=corrections, f_sub=f_sub, spans=spans, capacity=capacity, temperature=temperature)

@@ -123,8 +123,9 @@ class RunConfig(BaseModel):
     eval_sets: str = _choice("auto", "comma-separated: tiny, dolly, self_inst, vicuna, sinst, uinst; auto: tiny, or the five for dolly")
     eval_prompts: int = _number(32, "prompts of each set; 0: all", ge=0)
     eval_seeds: str = _choice("10", "comma-separated seeds of the sampled generations (the paper: 10,20,30,40,50)")
+    eval_temperature: float = _number(1.0, "temperature of the sampled answers in evaluation (the paper: 1); 0: the likeliest token each time", ge=0)
     eval_batch_size: int = _number(48, "prompts generated together", ge=1)
-    eval_exposure: bool = _choice(False, "also measure exposure bias (ExAccErr), which takes two more passes of both models over sampled texts")
+    eval_exposure: bool = _choice(False, "also measure exposure bias (ExAccErr), if eval_temperature is 1; takes two more passes of both models over sampled texts")
     eval_every: int = _number(10, "steps between validations; 0: only at the end", ge=0)
     select: Literal["last", "nll", "kl", "rouge_l"] = _choice("last", "which weights are the result: the last ones, or the best of the validations by this metric")
     checkpoint_every: int = _number(0, "steps between checkpoints; 0: none", ge=0)
@@ -222,6 +223,10 @@ def _check_lists(c):
     if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", s) for s in c.eval_seeds.split(",")):
         raise ConfigError(f"eval_seeds: got {c.eval_seeds!r}; allowed: whole numbers separated by commas, such as 10,20,30")
 
+def _check_temperature(c):
+    if 0 < c.eval_temperature < 0.01:
+        raise ConfigError(f"eval_temperature: got {c.eval_temperature:g}, by which logits cannot be divided safely; allowed: 0 (the likeliest token), or at least 0.01")
+
 def _check_names(c):
     if c.run_name and not re.fullmatch(r"\w[\w=.,+-]*(/\w[\w=.,+-]*)*", c.run_name):
         raise ConfigError(f"run_name: got {c.run_name!r}; allowed: letters, digits and _=.,+- with / between folders, each beginning with a letter or digit")
@@ -236,7 +241,7 @@ def _check_names(c):
     if c.data_dir and c.data == "tiny" and set(c.eval_set_list) == {"tiny"}:
         raise ConfigError("data_dir: nothing would be read from it, since data and eval_sets are tiny, which comes with the library; allowed: empty, or data dolly, or other eval_sets")
 
-CHECKS = (_check_limits, _check_classes, _check_scrg, _check_policy, _check_select, _check_weights, _check_lengths, _check_batch, _check_lists, _check_names)
+CHECKS = (_check_limits, _check_classes, _check_scrg, _check_policy, _check_select, _check_weights, _check_lengths, _check_batch, _check_lists, _check_temperature, _check_names)
 
 def _nearest(name, known) -> str:
     close = isinstance(name, str) and difflib.get_close_matches(name, [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)

@@ -11,11 +11,11 @@ __all__ = ['NO_SUITES', 'TEACHERS', 'METRICS', 'DECIDING', 'WITHOUT', 'DRAWS', '
            'markdown_table', 'score_table', 'suite_effects', 'suite_claims', 'effect_table', 'claim_table',
            'results_table', 'results_csv', 'write_results_csv', 'spread_of_sets', 'sensitivity', 'weights_answer',
            'clipping_pairs', 'clipping_answer', 'suite_logs', 'where_limits_ended', 'diagnostics', 'diagnostics_table',
-           'each_run', 'rank_correlation', 'metrics_apart', 'setting', 'notes', 'gaps', 'suite_markdown', 'best_cell',
-           'verdict_counts', 'summary_markdown', 'claims_sentence', 'not_run_sentence', 'failures_markdown',
-           'small_png', 'effect_plot', 'learning_curves', 'limits_plot', 'weight_grid', 'weight_heatmap',
-           'training_seconds', 'costs', 'cost_plot', 'metrics_plot', 'suite_figures', 'pictured', 'show_suite',
-           'compare']
+           'each_run', 'rank_correlation', 'metrics_apart', 'sharpness_answer', 'setting', 'notes', 'gaps',
+           'suite_markdown', 'best_cell', 'verdict_counts', 'summary_markdown', 'claims_sentence', 'not_run_sentence',
+           'failures_markdown', 'small_png', 'effect_plot', 'learning_curves', 'limits_plot', 'weight_grid',
+           'weight_heatmap', 'training_seconds', 'costs', 'cost_plot', 'metrics_plot', 'suite_figures', 'pictured',
+           'show_suite', 'compare']
 
 # %% ../nbs/14_statistics.ipynb #c54542c7
 import io, json, re
@@ -562,12 +562,14 @@ def diagnostics_table(found: pd.DataFrame) -> str:
                            for cell, row in found.iterrows()]) if shown else ""
 
 # %% ../nbs/14_statistics.ipynb #ebbabb75
+def _temperature(run: Run) -> float: return run.metrics["config"].get("eval_temperature", 1.)      # runs older than the parameter drew at 1
+
 def each_run(results: Results) -> pd.DataFrame:
-    "A row a run, copies once, of the preset, student and prompts that most runs have: suite, cell, seed, dac (whether DAC-KL is trained), and the means over the test sets of each metric and of distinct_2 (nan where it was not recorded)."
+    "A row a run, copies once, of the preset, student, temperature of the answers and prompts that most runs have: suite, cell, seed, dac (whether DAC-KL is trained), and the means over the test sets of each metric and of distinct_2 (nan where it was not recorded)."
     rows = []
     for r in (r for r in results.runs if r.usable):
         test, config = r.metrics["student"]["test"], r.metrics["config"]
-        setting = str([config.get(k) for k in ("preset", "student", "student_layers")]) + _prompts(r)
+        setting = str([config.get(k) for k in ("preset", "student", "student_layers")] + [_temperature(r)]) + _prompts(r)
         rows.append(dict(suite=r.suite, cell=r.cell, seed=r.seed, setting=setting, dac=config.get("dac_weight", 0) > 0, distinct_2=np.mean([t.get("distinct_2", np.nan) for t in test.values()]))
                     | {m: run_score(r, m) for m in METRICS})
     found = pd.DataFrame(rows, columns=["suite", "cell", "seed", "setting", "dac", "distinct_2", *METRICS]).drop_duplicates([*METRICS, "seed", "setting"])
@@ -588,7 +590,21 @@ def metrics_apart(results: Results) -> str:
     parted = rank_correlation(runs.rouge_l, runs.nll) > 0 > rank_correlation(runs.rouge_l, runs.distinct_2)
     return (f"*Added after the runs were seen, for no verdict:* over the {len(runs)} different runs of one preset and student, Spearman's rank correlation of ROUGE-L with distinct-2 is {with_('distinct_2')}, with NLL {with_('nll')}."
             + (" So ROUGE-L is higher where answers are more alike, and, over all, where the NLL is *worse*. Sharper distributions would do both: a draw at temperature 1 strays less, and a reference that strays costs more." if parted else "")
-            + " The runs share prompts, seeds and cells: a description, not a test, and no cell isolates it.")
+            + " The runs share prompts, seeds and cells: a description, not a test; what the temperature of the answers does is the question of the suite `temperature`.")
+
+# %% ../nbs/14_statistics.ipynb #c49c9a3c
+def sharpness_answer(results: Results, suite: str = "temperature") -> str:
+    "Markdown: by how much MGSR is better than KD by ROUGE-L with both at one temperature, and MGSR at 1 than KD at others, with the distinct-2 of all. Empty without runs of both at one temperature."
+    cells = {(r.metrics["config"].get("method"), _temperature(r)): cell for cell, runs in results.cells(suite).items() for r in runs[:1]}
+    temperatures = sorted({t for _, t in cells}, reverse=True)
+    def against(pairs): return {f"at {t:g}": d for t, own in pairs if (d := paired(results, suite, cells.get(("mgsr", own)), cells.get(("kd", t)), "rouge_l"))}
+    same, lower = against([(t, t) for t in temperatures]), against([(t, 1.) for t in temperatures if t != 1])
+    if not same: return ""
+    found = diagnostics(results, suite)
+    alike = [f"{'MGSR' if method == 'mgsr' else 'KD'} {', '.join(f'{found.distinct_2[cells[method, t]]:.2f} at {t:g}' for t in temperatures if (method, t) in cells)}" for method in ("mgsr", "kd")] if "distinct_2" in found else []
+    return (f"**Is a higher ROUGE-L a matter of sharpness?** ROUGE-L points that MGSR is better than KD when the answers of both are drawn at the same temperature (0: the likeliest token each time): {_pair_texts(same, 'rouge_l')}."
+            + (f" MGSR drawn at 1, than KD drawn otherwise: {_pair_texts(lower, 'rouge_l')}." if lower else "")
+            + (f" Distinct-2: {'; '.join(alike)}." if alike else "") + f" ({_size(results, suite)}; 95 % intervals; a suite of our own, added after the other runs were seen.)")
 
 # %% ../nbs/14_statistics.ipynb #8ab3ffe7
 RECORDED = {"config": {"preset": "preset {}", "teacher": "teacher {}", "teacher_sft_steps": "{} steps of SFT on it", "student": "student {}", "student_layers": "with {} layers", "data": "data {}", "max_steps": "{} steps",
@@ -654,10 +670,10 @@ def _summary_row(results: Results, suite: str) -> dict:
             "claims, by NLL": counted(DECIDING), "by ROUGE-L": counted("rouge_l")}
 
 def summary_markdown(runs_dir: str | Path = "runs", suites: Optional[dict] = None, results: Optional[Results] = None, answers: bool = True) -> str:
-    "The results so far: a line per suite with runs, what the claims came to, what goes with what, what was not run, and (`answers`) a paragraph for each of the two questions."
+    "The results so far: a line per suite with runs, what the claims came to, what goes with what, what sharpness explains, what was not run, and (`answers`) a paragraph for each of the two questions."
     r = results or read_results(runs_dir, suites)
     ran = [n for n in r.names if r.cells(n)]
-    parts = [markdown_table([_summary_row(r, n) for n in ran]), claims_sentence(r), metrics_apart(r), not_run_sentence(r), *((weights_answer(r), clipping_answer(r)) if answers else ())]
+    parts = [markdown_table([_summary_row(r, n) for n in ran]), claims_sentence(r), metrics_apart(r), sharpness_answer(r), not_run_sentence(r), *((weights_answer(r), clipping_answer(r)) if answers else ())]
     return "\n\n".join(p for p in parts if p)
 
 # %% ../nbs/14_statistics.ipynb #373e7aaf

@@ -27,8 +27,10 @@ def noise(generators: Sequence[torch.Generator], vocab: int) -> Tensor:
     "(B, vocab) uniform numbers, row b from `generators[b]` alone."
     return torch.stack([torch.rand(vocab, generator=g, device=g.device) for g in generators])
 
-def draw_tokens(logits: Tensor, u: Tensor) -> Tensor:
-    "Token ids (...) drawn from softmax of `logits` (..., V) by an exponential race with the uniform numbers `u` (..., V)."
+def draw_tokens(logits: Tensor, u: Tensor, temperature: float = 1.) -> Tensor:
+    "Token ids (...) drawn from softmax of `logits` (..., V) / `temperature` by an exponential race with the uniform numbers `u` (..., V); at temperature 0 the likeliest."
+    if temperature == 0: return logits.argmax(-1)
+    if temperature != 1: logits = logits.float() / temperature
     # `rand` returns exactly 0 once in 2^24 draws; a class that can occur must still arrive some time
     return (logits.float().softmax(-1) / -u.clamp_min(torch.finfo(u.dtype).tiny).log()).argmax(-1)
 
@@ -80,11 +82,11 @@ def _keep(caches: list, tensors: list[Tensor], rows: Tensor) -> list[Tensor]:
 
 # %% ../nbs/07_sampling.ipynb #a6ececfd
 def generate(model: nn.Module, prompts: Sequence[list[int]], keys: Sequence[tuple], limits: Sequence[int], stops: Sequence[int], pad_id: int,
-             vocab: int, mix: Optional[tuple[nn.Module, float]] = None, past: Optional["Reading"] = None) -> list[list[int]]:
+             vocab: int, mix: Optional[tuple[nn.Module, float]] = None, past: Optional["Reading"] = None, temperature: float = 1.) -> list[list[int]]:
     """A sampled response (ids) for each of B prompts: at most `limits[b]` tokens, ending with the first stop id, which is kept.
 
     Row b draws from the generator of `keys[b]`, whatever else is in the batch. Only the first `vocab` ids are drawn.
-    With `mix=(teacher, alpha)`, 0 <= alpha < 1, each token is drawn from alpha p + (1 - alpha) q, where q is `model`.
+    With `mix=(teacher, alpha)`, 0 <= alpha < 1, each token is drawn from alpha p + (1 - alpha) q, where q is `model`; `temperature` then divides the logarithm of the mixture.
     `past`: the model's `Reading` of the prompts' beginnings (below), used up by this; without one, or with `mix`, prompts are read from their start."""
     todo = [b for b, limit in enumerate(limits) if limit > 0]
     texts = [[] for _ in prompts]
@@ -92,7 +94,7 @@ def generate(model: nn.Module, prompts: Sequence[list[int]], keys: Sequence[tupl
     next_token = _NextToken(model, vocab, mix)
     with evaluating(*next_token.models), few_rows(*next_token.models):
         start = _begin(next_token, [prompts[b] for b in todo], pad_id, past if next_token.alpha == 0 else None, todo)
-        table = _decode(next_token, start, [keys[b] for b in todo], [limits[b] for b in todo], stops)
+        table = _decode(next_token, start, [keys[b] for b in todo], [limits[b] for b in todo], stops, temperature)
     for b, row in zip(todo, table.tolist()): texts[b] = cut_at_stop([i for i in row[:limits[b]] if i >= 0], stops)
     return texts
 
@@ -110,7 +112,7 @@ def _begin(next_token: _NextToken, prompts, pad_id, past, rows) -> tuple[Tensor,
     batch = collate([(p[k:], []) for p, k in zip(prompts, known)], pad_id, side="left").to(device)
     return batch.input_ids, torch.cat([(columns >= 0).long(), batch.attention_mask], 1), batch.position_ids + torch.tensor(known, device=device)[:, None]
 
-def _decode(next_token: _NextToken, start, keys, limits, stops) -> Tensor:
+def _decode(next_token: _NextToken, start, keys, limits, stops, temperature) -> Tensor:
     "The loop of `generate`: (B, max(limits)) ids, -1 where a row had ended."
     (ids, mask, positions), device = start, start[0].device
     generators, ends = [generator_for(*key, device=device) for key in keys], torch.tensor(limits, device=device)
@@ -118,7 +120,7 @@ def _decode(next_token: _NextToken, start, keys, limits, stops) -> Tensor:
     place = torch.arange(len(limits), device=device)   # the row of `table` that each row still in the batch fills
     alive = torch.ones_like(place, dtype=torch.bool)
     for t in range(max(limits)):
-        token = draw_tokens(next_token(ids, mask, positions), noise(generators, next_token.vocab))
+        token = draw_tokens(next_token(ids, mask, positions), noise(generators, next_token.vocab), temperature)
         table[place, t] = torch.where(alive, token, -1)
         alive = alive & ~torch.isin(token, stop_ids) & (t + 1 < ends[place])
         ids, positions, mask = token[:, None], positions[:, -1:] + alive[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -207,10 +209,10 @@ class Mixed(Fixed):
         return (self.on_policy if self.draws_student(step) else self.fixed)(step, examples, rows)
 
 # %% ../nbs/07_sampling.ipynb #ec43d6f2
-def sampler(model: nn.Module, stops: Sequence[int], pad_id: int, vocab: int, mix: Optional[tuple[nn.Module, float]] = None) -> Callable:
-    "`sample(prompts, keys, limits, past)` for the sources and for SCRG: responses of `model`, or of its `mix`ture, each a function of its key."
+def sampler(model: nn.Module, stops: Sequence[int], pad_id: int, vocab: int, mix: Optional[tuple[nn.Module, float]] = None, temperature: float = 1.) -> Callable:
+    "`sample(prompts, keys, limits, past)` for the sources, for SCRG and for evaluation: responses of `model`, or of its `mix`ture, each a function of its key."
     def sample(prompts, keys, limits, past=None):
-        return generate(model, prompts, keys, limits, stops, pad_id, vocab, mix, past)
+        return generate(model, prompts, keys, limits, stops, pad_id, vocab, mix, past, temperature)
     return sample
 
 # %% ../nbs/07_sampling.ipynb #0caa38e9

@@ -263,9 +263,9 @@ class Setup:
         with self.accelerator.autocast():
             return held_out(model, self.teacher, self.validation, self.tokenizer.pad_token_id, self.vocab, chunk_tokens=self.config.chunk_tokens, known=self.states.get("validation"))
 
-    def sampler(self, model: nn.Module, teacher_mix: float = 0.) -> Callable:
-        "`sample(prompts, keys, limits, past)` of `model`, with a share of the teacher, under the run's autocast."
-        inner = sampler(model, self.stops, self.tokenizer.pad_token_id, self.vocab, (self.teacher, teacher_mix))
+    def sampler(self, model: nn.Module, teacher_mix: float = 0., temperature: float = 1.) -> Callable:
+        "`sample(prompts, keys, limits, past)` of `model`, with a share of the teacher, at a temperature, under the run's autocast."
+        inner = sampler(model, self.stops, self.tokenizer.pad_token_id, self.vocab, (self.teacher, teacher_mix), temperature)
         def sample(*args):
             with self.accelerator.autocast(): return inner(*args)
         return sample
@@ -407,7 +407,7 @@ def prepare(config: RunConfig, cpu: bool = False) -> Setup:
     frozen = precision if config.frozen_precision == "auto" else config.frozen_precision
     teacher.requires_grad_(False).to(getattr(torch, frozen))
     stops = stop_ids(teacher, tokenizer)
-    settings = {"eval": text_digest([e for es in eval_sets.values() for e in es] + validation), "sets": list(eval_sets), "seeds": config.eval_seeds,
+    settings = {"eval": text_digest([e for es in eval_sets.values() for e in es] + validation), "sets": list(eval_sets), "seeds": config.eval_seeds, "temperature": config.eval_temperature,
                 "max_new_tokens": config.max_new_tokens, "vocab": vocab, "stops": stops, "precision": precision, "frozen": frozen,
                 "device": accelerator.device.type, "teacher": teacher_key, "exposure": config.eval_exposure}
     setup = Setup(config, accelerator, tokenizer, teacher, student, vocab, stops, train, validation, eval_sets, report,
@@ -608,7 +608,7 @@ class Trainer:
 
     def _rouge_l(self) -> float:
         s, c = self.setup, self.config
-        texts = answers(s.sampler(s.student), s.validation, s.tokenizer, c.eval_seed_list[0], c.max_new_tokens, c.eval_batch_size)
+        texts = answers(s.sampler(s.student, temperature=c.eval_temperature), s.validation, s.tokenizer, c.eval_seed_list[0], c.max_new_tokens, c.eval_batch_size)
         return score_answers(texts, [e.example for e in s.validation])["rouge_l"]
 
     def fit(self, on_step: Callable = lambda row: None, start: Optional[dict] = None) -> list[dict]:
@@ -730,12 +730,13 @@ def teacher_states(setup: Setup) -> dict[str, list[Tensor]]:
 def scores(setup: Setup, model: nn.Module, key: Optional[dict] = None, validation: Optional[dict] = None) -> dict:
     "Validation and test metrics of `model`, `average` over the test sets, and its answers; read from the cache if `key` was evaluated before. `validation`: what `Setup.validated` found of it already."
     c, s, teacher_text = setup.config, setup, None
-    if c.eval_exposure and model is not s.teacher: teacher_text = scores(s, s.teacher, s.keys["teacher"])["ids"]
+    if c.eval_exposure and c.eval_temperature == 1 and model is not s.teacher:      # draws from the models themselves
+        teacher_text = scores(s, s.teacher, s.keys["teacher"])["ids"]
     def compute():
         model.eval()
         held = validation or s.validated(model)
         with s.accelerator.autocast():
-            test, answers, ids = evaluate(model, s.teacher, s.eval_sets, s.sampler(model), s.tokenizer, s.vocab, c.eval_seed_list, c.max_new_tokens, c.eval_batch_size,
+            test, answers, ids = evaluate(model, s.teacher, s.eval_sets, s.sampler(model, temperature=c.eval_temperature), s.tokenizer, s.vocab, c.eval_seed_list, c.max_new_tokens, c.eval_batch_size,
                                           c.chunk_tokens, teacher_text, s.states)
         average = {k: sum(m[k] for m in test.values()) / len(test) for k in ("rouge_l", "nll", "kl")}
         return {"validation": held, "test": test, "average": average, "answers": answers, "ids": ids}

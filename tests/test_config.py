@@ -19,7 +19,7 @@ OTHER = {  # for every field another allowed value
     "sub_learning_rate": 0.1, "spans": "whole", "span_length": 2, "span_relation": "outer", "sampling": "mixed", "mixed_fraction": 0.0, "max_new_tokens": 1, "scrg": False,
     "scrg_corrections": 3, "scrg_direction": "teacher_student", "scrg_teacher_token": "greedy", "max_steps": 1, "batch_size": 6, "micro_batch_size": 2, "chunk_tokens": 1,
     "learning_rate": 1e-5, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 5.0, "eval_sets": "tiny,dolly", "eval_prompts": 0, "eval_seeds": "10,20",
-    "eval_batch_size": 1, "eval_every": 0, "checkpoint_every": 5, "log_every": 5, "save_student": False, "save_samples": 3, "length_buckets": 2,
+    "eval_batch_size": 1, "eval_temperature": 0.7, "eval_every": 0, "checkpoint_every": 5, "log_every": 5, "save_student": False, "save_samples": 3, "length_buckets": 2,
     "dry_run": True, "student_sft_steps": 7, "frozen_precision": "float32", "pg_weight": 0.5, "pg_clip": 0.1, "pg_single_step": False, "pg_length_norm": False, "teacher_mix": 0.2,
     "scrg_detect": "random", "scrg_threshold": 0.5, "eval_exposure": True, "select": "nll", "chunker": "spacy", "compile_student": True, "tracker": "tensorboard"}
 NEEDS = {"pg_weight": {"scrg": False}, "data_dir": {"data": "dolly"}}   # what a value of OTHER cannot do without
@@ -48,9 +48,10 @@ def test_the_table_of_other_values_is_whole_and_allowed():
     (dict(clip_upper=0.1, clip_lower=0.9), ["clip_lower: 0.9 is not below clip_upper: 0.1", "allowed: 0 <= clip_lower < clip_upper <= 1"]),
     (dict(preset="nope"), ["preset: got 'nope'", "allowed: one of quickstart, smollm2-dolly, laptop-dolly, gpt2-dolly, opt-dolly, openllama-dolly, llama2-dolly, qwen-dolly"]),
     (dict(method="nope"), ["method: got 'nope'", "allowed: one of mgsr, mgsr_off_policy, sft, kd, seqkd, seqkd_kd, imitkd, gkd, minillm, distillm, distillm_forward"]),
+    (dict(eval_temperature=1e-5), ["eval_temperature: got 1e-05", "allowed: 0 (the likeliest token), or at least 0.01"]),
     (dict(scrg="true"), ["scrg: got 'true' (str)", "allowed: True or False"]),
     (dict(clip_upper="high"), ["clip_upper: got 'high' (str)", "allowed: a number >= 0 and <= 1"]),
-], ids=["typo", "nothing near", "data that nothing reads", "word", "negative", "limits", "preset", "method", "string", "optional"])
+], ids=["typo", "nothing near", "data that nothing reads", "word", "negative", "limits", "preset", "method", "cold", "string", "optional"])
 def test_pitfall_42_the_bad_inputs_of_a_command_line_are_refused_in_words(params, words):
     message = refusal(params)
     assert message.startswith(words[0])

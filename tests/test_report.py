@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from mgsr_nb.config import write_json
 from mgsr_nb import report
 from mgsr_nb.report import (BEFORE, FAILS, HOLDS, METRICS, NOT_RUN, OPEN, TEACHER, Estimate, Results, Sample, best_cell, better_by, claims_sentence, clipping_answer, clipping_pairs, costs, draws_of,
-                            each_run, effect_plot, estimate, failures_markdown, gaps, learning_curves, limits_plot, metrics_apart, metrics_plot, paired, rank_correlation, read_results, resampled, results_csv, results_table, sample, score_table,
+                            each_run, effect_plot, estimate, failures_markdown, gaps, learning_curves, limits_plot, metrics_apart, metrics_plot, paired, sharpness_answer, rank_correlation, read_results, resampled, results_csv, results_table, sample, score_table,
                             setting, small_png, suite_claims, suite_effects, suite_figures, suite_logs, suite_markdown, suite_scores, summary_markdown, verdict, weight_grid, weights_answer,
                             where_limits_ended, write_results_csv, write_toy_run)
 
@@ -343,7 +343,7 @@ def test_ranks_not_values_are_correlated():
     assert rank_correlation(pd.Series([1., 2., 3., 1000.]), pd.Series([4., 3., 2., 1.])) == pytest.approx(-1)
     assert rank_correlation(pd.Series([1., 2., 3.]), pd.Series([2., 3., 1.])) == pytest.approx(-0.5)      # 1 - 6 (1 + 1 + 4) / (3 * 8)
 
-@pytest.mark.parametrize('key, other', [('preset', 'quickstart'), ('student_layers', 18)])
+@pytest.mark.parametrize('key, other', [('preset', 'quickstart'), ('student_layers', 18), ('eval_temperature', 0.7)])
 def test_each_run_counts_once_and_only_those_of_the_usual_setting(tmp_path, key, other):
     runs_that_rise(tmp_path)
     with_distinct(add(tmp_path, 'spans', 'phrases', 0, shift=6, rouge=6), 0.84)       # what `other6` is, in another suite
@@ -360,13 +360,30 @@ def test_correlations_are_said_and_explained_only_if_they_part(tmp_path, sign):
     said = metrics_apart(read_results(tmp_path, SUITES))
     a, b = ('-1.00', '+1.00') if sign == 1 else ('+1.00', '-1.00')
     assert 'over the 11 different runs of one preset and student' in said and f'distinct-2 is {a} (5 with DAC-KL: {a}, 6 without DAC-KL: {a}), with NLL {b} (' in said
-    assert ('more alike' in said) == (sign == 1) and 'no cell isolates it' in said and said in summary_markdown(results=read_results(tmp_path, SUITES))
+    assert ('more alike' in said) == (sign == 1) and 'not a test' in said and said in summary_markdown(results=read_results(tmp_path, SUITES))
 
 def test_nothing_is_said_of_few_runs_or_without_distinct_2(tmp_path):
     assert len(each_run(read_results(tmp_path, SUITES))) == 0 and metrics_apart(read_results(tmp_path, SUITES)) == ''
     runs_that_rise(tmp_path)
     add(tmp_path, 'loss_weights', 'other5', 0, shift=5)                               # written again, without distinct-2
     assert metrics_apart(read_results(tmp_path, SUITES)) == ''
+
+def drawn_at(tmp_path, method, temperature, rouge, seeds=3):
+    for seed in range(seeds):
+        folder = add(tmp_path, 'temperature', f'{method},T={temperature:g}', seed, rouge=rouge)
+        metrics = json.loads((folder/'metrics.json').read_text())
+        metrics['config'] |= dict(method=method, eval_temperature=temperature)
+        if temperature == 1: del metrics['config']['eval_temperature']              # a copy of a run from before the parameter
+        write_json(folder/'metrics.json', metrics)
+
+def test_sharpness_compares_both_at_one_temperature_and_across(tmp_path):
+    assert sharpness_answer(read_results(tmp_path, SUITES)) == ''
+    drawn_at(tmp_path, 'mgsr', 1., 2.)
+    assert sharpness_answer(read_results(tmp_path, SUITES)) == ''                   # nothing to compare
+    for method, temperature, rouge in (('kd', 1., 0.), ('kd', .7, 3.), ('mgsr', .5, 9.)): drawn_at(tmp_path, method, temperature, rouge)
+    said = sharpness_answer(read_results(tmp_path, SUITES))
+    assert 'same temperature (0: the likeliest token each time): at 1 +2.0 [+2.0, +2.0] (better). MGSR drawn at 1, than KD drawn otherwise: at 0.7 -1.0 [-1.0, -1.0] (worse).' in said
+    assert 'Distinct-2' not in said and said in summary_markdown(results=read_results(tmp_path, SUITES))
 
 def test_the_plot_has_a_dot_a_run_in_its_group(tmp_path):
     runs_that_rise(tmp_path)

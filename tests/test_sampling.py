@@ -60,6 +60,19 @@ def test_the_chi_square_can_fail():
     u = torch.rand(n, 3, generator=generator_for("draws"))
     for wrong in ((p.log() / 0.95).float(), p.float()): assert chi_square(draw_tokens(wrong.expand(n, -1), u).bincount(minlength=3), p) > 2 + 4 * 2
 
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.5])
+def test_draws_at_a_temperature_follow_the_sharpened_distribution(temperature):
+    p, n = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64), 100_000
+    sharpened = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+    u = torch.rand(n, 4, generator=generator_for("temperature"))
+    count = draw_tokens(p.log().float().expand(n, -1), u, temperature).bincount(minlength=4)
+    assert chi_square(count, sharpened) < 3 + 4 * math.sqrt(6) < chi_square(count, p)
+
+def test_temperature_0_takes_the_likeliest_and_1_is_the_plain_draw():
+    z, u = torch.randn(50, 9, generator=generator_for("z")), torch.rand(50, 9, generator=generator_for("u"))
+    assert torch.equal(draw_tokens(z, u, 0), z.argmax(-1)) and torch.equal(draw_tokens(z, u, 0.01), draw_tokens(100 * z, u))
+    assert torch.equal(draw_tokens(z, u, 1.), draw_tokens(z, u)) and not torch.equal(draw_tokens(z, u), z.argmax(-1))
+
 @settings(max_examples=100, deadline=None)
 @given(logits=st.lists(st.floats(-20, 20, width=32) | st.just(-math.inf), min_size=2, max_size=8).filter(lambda z: max(z) > -math.inf), seed=st.integers(0, 99))
 def test_a_class_of_probability_zero_is_never_drawn(logits, seed):
@@ -81,6 +94,13 @@ def test_a_draw_depends_on_the_probabilities_only(seed):
     drawn = draw_tokens(z, u)
     assert torch.equal(order[draw_tokens(z[:, order], u[:, order])], drawn)
     assert torch.equal(draw_tokens(z.double(), u.double()), drawn) and torch.equal(draw_tokens(z.reshape(4, 5, 7), u.reshape(4, 5, 7)), drawn.reshape(4, 5))
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_temperature_0_texts_are_those_of_greedy_search_by_transformers(kind):
+    model, prompt = tiny_model(kind), [11, 12, 13]
+    greedy = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=8, do_sample=False, eos_token_id=EOS, pad_token_id=PAD)[0, 3:].tolist()
+    ours = generate(model, [prompt], [("any",)], [8], [EOS], PAD, model.config.vocab_size, temperature=0.)[0]
+    assert ours == greedy != generate(model, [prompt], [("any",)], [8], [EOS], PAD, model.config.vocab_size)[0]
 
 def test_a_generated_token_follows_the_models_distribution():
     model, n, v = tiny_model("llama"), 3000, 8

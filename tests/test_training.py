@@ -49,14 +49,24 @@ def test_the_pipeline_from_saved_models_to_a_saved_student(config, kind, student
 @pytest.mark.pitfall(13)
 @every_kind
 def test_pitfall_13_a_models_own_temperature_touches_neither_the_text_nor_the_loss(config, kind):
-    "There is one temperature, 1, for both models and for the student's writing; what a checkpoint's generation settings say is for chatting."
-    assert [name for name in RunConfig.model_fields if "temperature" in name] == ["mask_temperature"]
+    "In training there is one temperature, 1, for both models and for the student's writing; what a checkpoint's generation settings say is for chatting."
+    assert [name for name in RunConfig.model_fields if "temperature" in name] == ["mask_temperature", "eval_temperature"]
     rows = []
     for temperature in (1., .3):
         setup = prepare(config(kind), cpu=True)
         for model in (setup.student, setup.teacher): model.generation_config.temperature, model.generation_config.top_k = temperature, 2 if temperature != 1 else 50
         rows.append({k: v for k, v in Trainer(setup).step().items() if not k.startswith("seconds")})
     assert rows[0] == rows[1] and rows[0]["dac"] != 0
+
+@pytest.mark.pitfall(13)
+def test_pitfall_13_the_temperature_of_the_evaluation_changes_answers_and_nothing_else(config, tmp_path):
+    plain_run, sharp = (run(config("llama", run_name=f"t{t:g}", eval_temperature=t), cpu=True) for t in (1., 0.))
+    assert log_of(tmp_path/"runs/t1") == log_of(tmp_path/"runs/t0")
+    texts = [[json.loads(line) for line in (tmp_path/"runs"/name/"samples.jsonl").read_text().splitlines()] for name in ("t1", "t0")]
+    for who in ("student_start", "student", "teacher"):      # the first and the last are cached scores: another temperature is another entry
+        assert sharp[who]["validation"] == plain_run[who]["validation"] and sharp[who]["test"]["tiny"]["nll_per_prompt"] == plain_run[who]["test"]["tiny"]["nll_per_prompt"]
+        one, zero = ([r["prediction"] for r in rows if r["of"] == who] for rows in texts)
+        assert len(one) == len(zero) == 2 and one != zero
 
 def test_the_saved_student_is_the_one_that_was_evaluated(config, tmp_path):
     c = config("llama", run_name="x")

@@ -28,7 +28,7 @@ def tiny_parameters(runs_dir, teacher, **more):
                 max_new_tokens=4, max_steps=2, batch_size=4, warmup_steps=1, learning_rate=1e-3, chunk_tokens=50, sub_width=8, sub_top_k=8, eval_prompts=2, eval_every=0, eval_batch_size=2) | more
 
 # what of the parameters a `Setup` depends on, as far as tests change it
-LOADED = ("teacher", "student", "teacher_sft_steps", "student_sft_steps", "lora_rank", "lora_alpha", "responses", "precision", "frozen_precision", "eval_exposure", "max_tokens")
+LOADED = ("teacher", "student", "teacher_sft_steps", "student_sft_steps", "lora_rank", "lora_alpha", "responses", "precision", "frozen_precision", "eval_exposure", "eval_temperature", "max_tokens")
 
 # responses of different lengths, and limits that every class feels
 UNEQUAL = dict(max_tokens=100, max_new_tokens=8, spans="fixed", span_length=2, clip_upper=0.5, mask_temperature=0.1, warmup_steps=0)
