@@ -278,12 +278,12 @@ class Sweep:
 
 # %% ../nbs/11b_runner.ipynb #e4c48d17
 def plan(jobs: Sequence[Job]) -> pd.DataFrame:
-    "Of each job its state, steps done, and seconds, which for finished ones are those of training and evaluation."
+    "Of each job its state, steps done, and seconds, which for those finished, here or elsewhere, are those of training and evaluation."
     rows, there = [], finished_runs(runs_root(resolve(jobs[0].params).runs_dir)) if jobs else {}
     for job in jobs:
-        now, metrics, log = state(job), job.folder/"metrics.json", job.folder/"log.csv"
-        if now == "missing" and job.after is None and resolve(job.params).digest in there: now = "elsewhere"
-        seconds = json.loads(metrics.read_text())["seconds"] if now == "finished" else {}
+        now, done, log = state(job), job.folder, job.folder/"log.csv"
+        if now == "missing" and job.after is None and (source := there.get(resolve(job.params).digest)): now, done = "elsewhere", source
+        seconds = json.loads((done/"metrics.json").read_text())["seconds"] if now in ("finished", "elsewhere") else {}
         seconds.pop("preparation", None)        # mostly what the cells share
         steps = int(pd.read_csv(log).step.max()) if log.is_file() and now != "changed" else 0
         rows.append({"job": job.name, "state": now, "step": f"{steps}/{resolve(job.params).max_steps}", "seconds": round(sum(seconds.values())) if seconds else None})

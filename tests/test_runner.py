@@ -208,6 +208,7 @@ def test_a_run_that_another_suite_has_is_not_repeated(project, monkeypatch):
     ablate('first', seeds=1, **settings)
     before = plan(jobs_of('second', (0, 1), 'quickstart', params=dict(max_steps=1)))
     assert list(before.state) == ['elsewhere', 'missing', 'missing', 'missing']
+    assert time_left(before, 1) == 3 * before.seconds[0] == 9        # what ran elsewhere says how long a cell takes
     assert list(ablate('second', seeds=2, **settings).state) == 4 * ['finished']
     assert ran(project) == ['first+quickstart/all/seed0', 'second+quickstart/half/seed0', 'second+quickstart/same/seed1', 'second+quickstart/half/seed1']
     taken = json.loads((project/'runs/second+quickstart/same/seed0/metrics.json').read_text())
