@@ -348,6 +348,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mgsr_nb.report._toy_set': ('statistics.html#_toy_set', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report._verdict_on_balance': ('statistics.html#_verdict_on_balance', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report._verdict_on_clipping': ('statistics.html#_verdict_on_clipping', 'mgsr_nb/report.py'),
+                                'mgsr_nb.report._verdict_on_sharpness': ('statistics.html#_verdict_on_sharpness', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report._weights': ('statistics.html#_weights', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report._what_is_missing': ('statistics.html#_what_is_missing', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.best_cell': ('statistics.html#best_cell', 'mgsr_nb/report.py'),

@@ -593,6 +593,12 @@ def metrics_apart(results: Results) -> str:
             + " The runs share prompts, seeds and cells: a description, not a test; what the temperature of the answers does is the question of the suite `temperature`.")
 
 # %% ../nbs/14_statistics.ipynb #c49c9a3c
+def _verdict_on_sharpness(same: dict[str, Estimate], lower: dict[str, Estimate]) -> str:
+    "The short answer."
+    past, ahead = _counts(lower)["worse"], _counts({n: d for n, d in same.items() if n != "at 1"})["better"]
+    said = [f"KD drawn {_listed(past)} passes MGSR drawn at 1"] * bool(past) + [f"sharpness is not all of it: drawn alike {_listed(ahead)}, MGSR is still better"] * bool(ahead)
+    return f"At this scale: {'; '.join(said)}." if said else "Not resolved at this scale."
+
 def sharpness_answer(results: Results, suite: str = "temperature") -> str:
     "Markdown: by how much MGSR is better than KD by ROUGE-L with both at one temperature, and MGSR at 1 than KD at others, with the distinct-2 of all. Empty without runs of both at one temperature."
     cells = {(r.metrics["config"].get("method"), _temperature(r)): cell for cell, runs in results.cells(suite).items() for r in runs[:1]}
@@ -602,7 +608,7 @@ def sharpness_answer(results: Results, suite: str = "temperature") -> str:
     if not same: return ""
     found = diagnostics(results, suite)
     alike = [f"{'MGSR' if method == 'mgsr' else 'KD'} {', '.join(f'{found.distinct_2[cells[method, t]]:.2f} at {t:g}' for t in temperatures if (method, t) in cells)}" for method in ("mgsr", "kd")] if "distinct_2" in found else []
-    return (f"**Is a higher ROUGE-L a matter of sharpness?** ROUGE-L points that MGSR is better than KD when the answers of both are drawn at the same temperature (0: the likeliest token each time): {_pair_texts(same, 'rouge_l')}."
+    return (f"**Is a higher ROUGE-L a matter of sharpness?** {_verdict_on_sharpness(same, lower)} ROUGE-L points that MGSR is better than KD when the answers of both are drawn at the same temperature (0: the likeliest token each time): {_pair_texts(same, 'rouge_l')}."
             + (f" MGSR drawn at 1, than KD drawn otherwise: {_pair_texts(lower, 'rouge_l')}." if lower else "")
             + (f" Distinct-2: {'; '.join(alike)}." if alike else "") + f" ({_size(results, suite)}; 95 % intervals; a suite of our own, added after the other runs were seen.)")
 

@@ -383,7 +383,18 @@ def test_sharpness_compares_both_at_one_temperature_and_across(tmp_path):
     for method, temperature, rouge in (('kd', 1., 0.), ('kd', .7, 3.), ('mgsr', .5, 9.)): drawn_at(tmp_path, method, temperature, rouge)
     said = sharpness_answer(read_results(tmp_path, SUITES))
     assert 'same temperature (0: the likeliest token each time): at 1 +2.0 [+2.0, +2.0] (better). MGSR drawn at 1, than KD drawn otherwise: at 0.7 -1.0 [-1.0, -1.0] (worse).' in said
-    assert 'Distinct-2' not in said and said in summary_markdown(results=read_results(tmp_path, SUITES))
+    assert 'sharpness?** At this scale: KD drawn at 0.7 passes MGSR drawn at 1. ROUGE-L' in said
+    drawn_at(tmp_path, 'kd', .5, 1.)
+    assert 'At this scale: KD drawn at 0.7 passes MGSR drawn at 1; sharpness is not all of it: drawn alike at 0.5, MGSR is still better. ' in sharpness_answer(read_results(tmp_path, SUITES))
+    drawn_at(tmp_path, 'kd', 0., 3., seeds=2)
+    assert 'at 0 -1.0 [-1.0, -1.0] (not resolved (2 seeds))' in sharpness_answer(read_results(tmp_path, SUITES))
+    assert 'Distinct-2' not in said
+
+def test_sharpness_with_few_seeds_is_not_resolved(tmp_path):
+    for method, rouge in (('mgsr', 2.), ('kd', 0.)):
+        for temperature in (1., 0.): drawn_at(tmp_path, method, temperature, rouge + 9 * (temperature == 0), seeds=2)
+    said = sharpness_answer(read_results(tmp_path, SUITES))
+    assert 'Not resolved at this scale. ROUGE-L' in said and said in summary_markdown(results=read_results(tmp_path, SUITES))
 
 def test_the_plot_has_a_dot_a_run_in_its_group(tmp_path):
     runs_that_rise(tmp_path)
