@@ -607,10 +607,10 @@ def sharpness_answer(results: Results, suite: str = "temperature") -> str:
     same, lower = against([(t, t) for t in temperatures]), against([(t, 1.) for t in temperatures if t != 1])
     if not same: return ""
     found = diagnostics(results, suite)
-    alike = [f"{'MGSR' if method == 'mgsr' else 'KD'} {', '.join(f'{found.distinct_2[cells[method, t]]:.2f} at {t:g}' for t in temperatures if (method, t) in cells)}" for method in ("mgsr", "kd")] if "distinct_2" in found else []
+    def alike(method): return ", ".join(f"{found.distinct_2[cells[method, t]]:.2f} at {t:g}" for t in temperatures if (method, t) in cells)
     return (f"**Is a higher ROUGE-L a matter of sharpness?** {_verdict_on_sharpness(same, lower)} ROUGE-L points that MGSR is better than KD when the answers of both are drawn at the same temperature (0: the likeliest token each time): {_pair_texts(same, 'rouge_l')}."
             + (f" MGSR drawn at 1, than KD drawn otherwise: {_pair_texts(lower, 'rouge_l')}." if lower else "")
-            + (f" Distinct-2: {'; '.join(alike)}." if alike else "") + f" ({_size(results, suite)}; 95 % intervals; a suite of our own, added after the other runs were seen.)")
+            + (f" Distinct-2: MGSR {alike('mgsr')}; KD {alike('kd')}." if "distinct_2" in found else "") + f" ({_size(results, suite)}; 95 % intervals; a suite of our own, added after the other runs were seen.)")
 
 # %% ../nbs/14_statistics.ipynb #8ab3ffe7
 RECORDED = {"config": {"preset": "preset {}", "teacher": "teacher {}", "teacher_sft_steps": "{} steps of SFT on it", "student": "student {}", "student_layers": "with {} layers", "data": "data {}", "max_steps": "{} steps",

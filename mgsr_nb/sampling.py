@@ -86,7 +86,8 @@ def generate(model: nn.Module, prompts: Sequence[list[int]], keys: Sequence[tupl
     """A sampled response (ids) for each of B prompts: at most `limits[b]` tokens, ending with the first stop id, which is kept.
 
     Row b draws from the generator of `keys[b]`, whatever else is in the batch. Only the first `vocab` ids are drawn.
-    With `mix=(teacher, alpha)`, 0 <= alpha < 1, each token is drawn from alpha p + (1 - alpha) q, where q is `model`; `temperature` then divides the logarithm of the mixture.
+    With `mix=(teacher, alpha)`, 0 <= alpha < 1, each token is drawn from alpha p + (1 - alpha) q, where q is `model`.
+    `temperature` divides the logits (of a mixture: its logarithm); at 0 the likeliest token is taken.
     `past`: the model's `Reading` of the prompts' beginnings (below), used up by this; without one, or with `mix`, prompts are read from their start."""
     todo = [b for b, limit in enumerate(limits) if limit > 0]
     texts = [[] for _ in prompts]
