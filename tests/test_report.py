@@ -388,13 +388,16 @@ def test_sharpness_compares_both_at_one_temperature_and_across(tmp_path):
     assert 'At this scale: KD drawn at 0.7 passes MGSR drawn at 1; sharpness is not all of it: drawn alike at 0.5, MGSR is still better. ' in sharpness_answer(read_results(tmp_path, SUITES))
     drawn_at(tmp_path, 'kd', 0., 3., seeds=2)
     assert 'at 0 -1.0 [-1.0, -1.0] (not resolved (2 seeds))' in sharpness_answer(read_results(tmp_path, SUITES))
-    assert 'Distinct-2' not in said
 
 def test_sharpness_with_few_seeds_is_not_resolved(tmp_path):
     for method, rouge in (('mgsr', 2.), ('kd', 0.)):
         for temperature in (1., 0.): drawn_at(tmp_path, method, temperature, rouge + 9 * (temperature == 0), seeds=2)
     said = sharpness_answer(read_results(tmp_path, SUITES))
     assert 'Not resolved at this scale. ROUGE-L' in said and said in summary_markdown(results=read_results(tmp_path, SUITES))
+    assert 'Distinct-2' not in said
+    for method, value in (('mgsr', .25), ('kd', .5)):
+        for folder in (tmp_path/'temperature').glob(f'{method},*/seed*'): with_distinct(folder, value)
+    assert 'Distinct-2: MGSR 0.25 at 1, 0.25 at 0; KD 0.50 at 1, 0.50 at 0.' in sharpness_answer(read_results(tmp_path, SUITES))
 
 def test_the_plot_has_a_dot_a_run_in_its_group(tmp_path):
     runs_that_rise(tmp_path)
