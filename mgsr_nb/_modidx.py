@@ -378,6 +378,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mgsr_nb.report.metrics_plot': ('statistics.html#metrics_plot', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.not_run_sentence': ('statistics.html#not_run_sentence', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.notes': ('statistics.html#notes', 'mgsr_nb/report.py'),
+                                'mgsr_nb.report.of_answers': ('statistics.html#of_answers', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.on_the_same_prompts': ('statistics.html#on_the_same_prompts', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.paired': ('statistics.html#paired', 'mgsr_nb/report.py'),
                                 'mgsr_nb.report.pictured': ('statistics.html#pictured', 'mgsr_nb/report.py'),

@@ -10,12 +10,12 @@ __all__ = ['NO_SUITES', 'TEACHERS', 'METRICS', 'DECIDING', 'WITHOUT', 'DRAWS', '
            'resampled', 'Estimate', 'estimate', 'better_by', 'paired', 'verdict', 'sets_of', 'suite_scores',
            'markdown_table', 'score_table', 'suite_effects', 'suite_claims', 'effect_table', 'claim_table',
            'results_table', 'results_csv', 'write_results_csv', 'spread_of_sets', 'sensitivity', 'weights_answer',
-           'clipping_pairs', 'clipping_answer', 'suite_logs', 'where_limits_ended', 'diagnostics', 'diagnostics_table',
-           'each_run', 'rank_correlation', 'metrics_apart', 'sharpness_answer', 'setting', 'notes', 'gaps',
-           'suite_markdown', 'best_cell', 'verdict_counts', 'summary_markdown', 'claims_sentence', 'not_run_sentence',
-           'failures_markdown', 'small_png', 'effect_plot', 'learning_curves', 'limits_plot', 'weight_grid',
-           'weight_heatmap', 'training_seconds', 'costs', 'cost_plot', 'metrics_plot', 'suite_figures', 'pictured',
-           'show_suite', 'compare']
+           'clipping_pairs', 'clipping_answer', 'suite_logs', 'where_limits_ended', 'of_answers', 'diagnostics',
+           'diagnostics_table', 'each_run', 'rank_correlation', 'metrics_apart', 'sharpness_answer', 'setting', 'notes',
+           'gaps', 'suite_markdown', 'best_cell', 'verdict_counts', 'summary_markdown', 'claims_sentence',
+           'not_run_sentence', 'failures_markdown', 'small_png', 'effect_plot', 'learning_curves', 'limits_plot',
+           'weight_grid', 'weight_heatmap', 'training_seconds', 'costs', 'cost_plot', 'metrics_plot', 'suite_figures',
+           'pictured', 'show_suite', 'compare']
 
 # %% ../nbs/14_statistics.ipynb #c54542c7
 import io, json, re
@@ -543,12 +543,16 @@ OF_ANSWERS = {"distinct_2": ("distinct-2", 1, 2), "repetition_4": ("rep-4, %", 1
 OF_STEPS = {"by_student": ("steps on student text, %", 100, 0), "new_text": ("steps on new text, %", 100, 0), "scrg_corrected": ("texts corrected, %", 100, 0), "scrg_kl": ("KL at the correction, nats", 1, 1),
             "scrg_gain": ("gain of the rest, nats a token", 1, 2), "scrg_helped": ("rests that gained, %", 100, 0), "kept_mass": ("mass that DAC-KL keeps, %", 100, 0)}
 
+def of_answers(run: Run, key: str, who: str = "student") -> float:
+    "Mean over the test sets of what a run recorded about the answers; nan if a set lacks it."
+    return float(np.mean([t.get(key, np.nan) for t in run.metrics[who]["test"].values()]))
+
 def diagnostics(results: Results, suite: str) -> pd.DataFrame:
     "Of each cell, by name, what the runs recorded besides: `OF_ANSWERS`, mean over test sets and seeds, and `OF_STEPS`, mean over the steps that have it. Also of the student before training and the teacher. Columns that nobody has, or that are 100 % for all, are left out."
     cells, log = results.cells(suite), suite_logs(results, suite)
     reference = cells.get(results.described(suite).reference) or next(iter(cells.values()), [])
     rows = [(cell, runs, "student") for cell, runs in cells.items()] + [(BEFORE, reference, "student_start"), (TEACHER, reference, "teacher")]
-    def of(runs, who, key): return np.mean([t.get(key, np.nan) for r in runs for t in r.metrics[who]["test"].values()]) if runs else np.nan
+    def of(runs, who, key): return np.mean([of_answers(r, key, who) for r in runs]) if runs else np.nan
     answers = pd.DataFrame({key: [of(runs, who, key) for _, runs, who in rows] for key in OF_ANSWERS}, index=[cell for cell, *_ in rows], dtype=float)
     steps = log[log.step > 0].groupby("cell")[[k for k in OF_STEPS if k in log]].mean()
     found = answers.join(steps).dropna(axis=1, how="all")
@@ -568,9 +572,9 @@ def each_run(results: Results) -> pd.DataFrame:
     "A row a run, copies once, of the preset, student, temperature of the answers and prompts that most runs have: suite, cell, seed, dac (whether DAC-KL is trained), and the means over the test sets of each metric and of distinct_2 (nan where it was not recorded)."
     rows = []
     for r in (r for r in results.runs if r.usable):
-        test, config = r.metrics["student"]["test"], r.metrics["config"]
+        config = r.metrics["config"]
         setting = str([config.get(k) for k in ("preset", "student", "student_layers")] + [_temperature(r)]) + _prompts(r)
-        rows.append(dict(suite=r.suite, cell=r.cell, seed=r.seed, setting=setting, dac=config.get("dac_weight", 0) > 0, distinct_2=np.mean([t.get("distinct_2", np.nan) for t in test.values()]))
+        rows.append(dict(suite=r.suite, cell=r.cell, seed=r.seed, setting=setting, dac=config.get("dac_weight", 0) > 0, distinct_2=of_answers(r, "distinct_2"))
                     | {m: run_score(r, m) for m in METRICS})
     found = pd.DataFrame(rows, columns=["suite", "cell", "seed", "setting", "dac", "distinct_2", *METRICS]).drop_duplicates([*METRICS, "seed", "setting"])
     groups = [part for _, part in found.groupby("setting", sort=False)]
@@ -606,11 +610,11 @@ def sharpness_answer(results: Results, suite: str = "temperature") -> str:
     def against(pairs): return {f"at {t:g}": d for t, own in pairs if (d := paired(results, suite, cells.get(("mgsr", own)), cells.get(("kd", t)), "rouge_l"))}
     same, lower = against([(t, t) for t in temperatures]), against([(t, 1.) for t in temperatures if t != 1])
     if not same: return ""
-    found = diagnostics(results, suite)
-    def alike(method): return ", ".join(f"{found.distinct_2[cells[method, t]]:.2f} at {t:g}" for t in temperatures if (method, t) in cells)
+    distinct = {cell: np.mean([of_answers(r, "distinct_2") for r in runs]) for cell, runs in results.cells(suite).items()}
+    def alike(method): return ", ".join(f"{distinct[cells[method, t]]:.2f} at {t:g}" for t in temperatures if (method, t) in cells)
     return (f"**Is a higher ROUGE-L a matter of sharpness?** {_verdict_on_sharpness(same, lower)} ROUGE-L points that MGSR is better than KD when the answers of both are drawn at the same temperature (0: the likeliest token each time): {_pair_texts(same, 'rouge_l')}."
             + (f" MGSR drawn at 1, than KD drawn otherwise: {_pair_texts(lower, 'rouge_l')}." if lower else "")
-            + (f" Distinct-2: MGSR {alike('mgsr')}; KD {alike('kd')}." if "distinct_2" in found else "") + f" ({_size(results, suite)}; 95 % intervals; a suite of our own, added after the other runs were seen.)")
+            + (f" Distinct-2: MGSR {alike('mgsr')}; KD {alike('kd')}." if not np.isnan(list(distinct.values())).any() else "") + f" ({_size(results, suite)}; 95 % intervals; a suite of our own, added after the other runs were seen.)")
 
 # %% ../nbs/14_statistics.ipynb #8ab3ffe7
 RECORDED = {"config": {"preset": "preset {}", "teacher": "teacher {}", "teacher_sft_steps": "{} steps of SFT on it", "student": "student {}", "student_layers": "with {} layers", "data": "data {}", "max_steps": "{} steps",
