@@ -23,7 +23,8 @@ def config(request, tmp_path, monkeypatch, local_models, shared_cache):
     """`config(kind, **parameters)`: a tiny run below tmp_path; artefacts are shared by the tests of this session.
 
     Without a kind it is the file's `KIND`, else llama. `student="local"` is the saved student of the kind; where a method replays, its schedule begins where it does."""
-    from mgsr_nb.config import METHODS, resolve
+    from mgsr_nb.presets import METHODS
+    from mgsr_nb.config import resolve
     from tiny_runs import tiny_parameters
     monkeypatch.setenv("MGSR_CACHE", str(shared_cache))
     def make(kind=getattr(request.module, "KIND", "llama"), **more):
@@ -39,7 +40,8 @@ def loaded(): return {}
 @pytest.fixture
 def trainer(config, loaded):
     "`trainer(kind, **parameters)`: a trainer in memory. What `LOADED` names is loaded once for all tests of a file, and each gets copies of the models."
-    from mgsr_nb.training import Trainer, prepare
+    from mgsr_nb.run.setup import prepare
+    from mgsr_nb.run.trainer import Trainer
     from tiny_runs import LOADED
     def make(kind="llama", dtype=None, change=lambda setup: None, **more):
         c = config(kind, **more)

@@ -5,7 +5,10 @@ import json, os, sys
 from pathlib import Path
 import torch
 from accelerate.state import PartialState
-from mgsr_nb import training as T
+from mgsr_nb import run as R
+import mgsr_nb.run.engine
+import mgsr_nb.run.results
+import mgsr_nb.run.trainer
 from mgsr_nb.config import resolve
 
 def counted(make):
@@ -17,22 +20,22 @@ def counted(make):
     return made
 
 def failing(step: int):
-    draw = T.Trainer.draw
+    draw = R.trainer.Trainer.draw
     def drawn(self, at):
         if at + 1 == step: raise ValueError("the run is cut off")
         return draw(self, at)
-    T.Trainer.draw = drawn
+    R.trainer.Trainer.draw = drawn
     return draw
 
 def main(folder: str):
     torch.set_num_threads(1)
-    T.make_accelerator = counted(T.make_accelerator)
+    R.trainer.make_accelerator = R.engine.make_accelerator = counted(R.engine.make_accelerator)
     for name, parameters, fail_at in json.loads((Path(folder)/"cases.json").read_text()):
         draw = failing(fail_at)
-        try: T.run(resolve(parameters, run_name=name), cpu=True)
+        try: R.results.run(resolve(parameters, run_name=name), cpu=True)
         except ValueError as e:
             if str(e) != "the run is cut off": raise
-        finally: T.Trainer.draw = draw
+        finally: R.trainer.Trainer.draw = draw
         (Path(folder)/f"kind-{os.environ['RANK']}").write_text(str(PartialState().distributed_type))
 
 if __name__ == "__main__": main(*sys.argv[1:])

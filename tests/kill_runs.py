@@ -2,13 +2,16 @@
 import json, os, signal, time
 from pathlib import Path
 import torch
-from mgsr_nb import sampling as S, training as T
+from mgsr_nb import run as R, sampling as S
+import mgsr_nb.run.results
+import mgsr_nb.run.setup
+import mgsr_nb.run.trainer
 from mgsr_nb.config import resolve
 from tiny_runs import plain
 
 # `writing` is every file that is renamed into place: the log, results, checkpoints, artefacts
-PLACES = {"anywhere": (T, "run"), "sampling": (S, "draw_tokens"), "update": (T.Trainer, "update"), "checkpoint": (T.Trainer, "save"), "pruning": (T.shutil, "rmtree"),
-          "log": (T, "write_csv"), "metrics": (T, "write_results"), "writing": (os, "replace")}
+PLACES = {"anywhere": (R.results, "run"), "sampling": (S, "draw_tokens"), "update": (R.trainer.Trainer, "update"), "checkpoint": (R.trainer.Trainer, "save"), "pruning": (R.setup.shutil, "rmtree"),
+          "log": (R.trainer, "write_csv"), "metrics": (R.results, "write_results"), "writing": (os, "replace")}
 
 def kill_soon(delay: float):
     "SIGKILL for this process after `delay` seconds, by another one: nothing here can prepare for it, be it in the middle of a file."
@@ -33,13 +36,13 @@ def watch(counts: dict, seconds: dict, target=None):
 
 def remember_state(path: Path):
     "Save all that training ends with to `path`: weights, optimiser, schedule, source, log, random numbers."
-    fit = T.Trainer.fit
+    fit = R.trainer.Trainer.fit
     def fitted(self, *args, **more):
         log = fit(self, *args, **more)
         torch.save({"weights": self.distiller.state_dict(), "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "source": self.source.state_dict(),
                     "log": plain(log), "best": self.progress.best, "torch": torch.get_rng_state()}, path)
         return log
-    T.Trainer.fit = fitted
+    R.trainer.Trainer.fit = fitted
 
 def child(parameters: dict, cache: str, state: str, found: str, target=None):
     "A whole run, in a process of its own; what was counted and timed goes to the file `found`."
@@ -48,5 +51,5 @@ def child(parameters: dict, cache: str, state: str, found: str, target=None):
     remember_state(Path(state))
     counts, seconds = {}, {}
     watch(counts, seconds, target)
-    T.run(resolve(parameters), cpu=True)
+    R.results.run(resolve(parameters), cpu=True)
     Path(found).write_text(json.dumps({"counts": counts, "seconds": seconds}))

@@ -8,7 +8,10 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
-from mgsr_nb import training as T
+from mgsr_nb import run as R
+import mgsr_nb.run.engine
+import mgsr_nb.run.setup
+import mgsr_nb.run.trainer
 from mgsr_nb.config import resolve
 
 def sharded(accelerator):
@@ -18,7 +21,7 @@ def sharded(accelerator):
     return accelerator
 
 def two_steps(setup) -> dict:
-    trainer = T.Trainer(replace(setup, student=deepcopy(setup.student)))
+    trainer = R.trainer.Trainer(replace(setup, student=deepcopy(setup.student)))
     rows = [trainer.step() for _ in range(2)]
     split = sum(isinstance(p, DTensor) for p in trainer.distiller.parameters())
     try: said = str(trainer.validate())
@@ -29,9 +32,9 @@ def main(folder: str):
     torch.set_num_threads(1)
     folder = Path(folder)
     del os.environ["ACCELERATE_USE_FSDP"]       # which the library refuses, for what this shows
-    setup = T.prepare(resolve(json.loads((folder/"parameters.json").read_text())), cpu=True)
-    found, make = {"ddp": two_steps(setup)}, T.make_accelerator
-    T.make_accelerator = lambda *args: sharded(make(*args))
+    setup = R.setup.prepare(resolve(json.loads((folder/"parameters.json").read_text())), cpu=True)
+    found, make = {"ddp": two_steps(setup)}, R.engine.make_accelerator
+    R.trainer.make_accelerator = lambda *args: sharded(make(*args))
     found["fsdp"] = two_steps(setup)
     (folder/f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 

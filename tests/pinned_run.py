@@ -3,7 +3,8 @@ prints how far the numbers of this machine are from them."""
 import csv, json, os, sys, tempfile
 from pathlib import Path
 import torch
-from mgsr_nb import training as T
+from mgsr_nb import run as R
+import mgsr_nb.run.results
 from mgsr_nb.config import resolve
 from mgsr_nb.models import save_model
 from mgsr_nb.sampling import generator_for
@@ -31,7 +32,7 @@ def one(folder: Path, method: str, **more) -> dict:
     "A run in `folder`, artefacts of its own included: its log, and its metrics as {name: number}."
     os.environ["MGSR_CACHE"] = str(folder/"cache")
     teacher = save_teacher(folder/"teacher")
-    metrics = T.run(resolve(tiny_parameters(folder/"runs", teacher, **{**SHAPE, **METHODS[method], **more}, run_name="x")), cpu=True)
+    metrics = R.results.run(resolve(tiny_parameters(folder/"runs", teacher, **{**SHAPE, **METHODS[method], **more}, run_name="x")), cpu=True)
     with open(folder/"runs/x/log.csv") as f: log = [{k: float(v) for k, v in row.items() if v and k in COLUMNS} for row in plain(csv.DictReader(f))]
     return {"log": log, "metrics": {f"{who}/{where}": numbers(found) for who in ("student_start", "student", "teacher") for where, found in metrics[who].items()}}
 

@@ -4,7 +4,11 @@ from pathlib import Path
 import torch
 from accelerate import notebook_launcher
 from safetensors.torch import save_file
-from mgsr_nb import training as T
+from mgsr_nb import run as R
+import mgsr_nb.run.results
+import mgsr_nb.run.setup
+import mgsr_nb.run.step
+import mgsr_nb.run.trainer
 from mgsr_nb.config import resolve
 from tiny_runs import many_stops
 
@@ -28,7 +32,7 @@ class Watched:
 
 def changed(seen: Watched, fail_at: int, killed: bool):
     "Samples stop early, and `seen` sees them; at step `fail_at` (from 1) process 1 raises, or is killed."
-    prepare, draw, fit = T.prepare, T.Trainer.draw, T.Trainer.fit
+    prepare, draw, fit = R.setup.prepare, R.trainer.Trainer.draw, R.trainer.Trainer.fit
     def stopping(*args):
         setup = prepare(*args)
         many_stops(setup)
@@ -38,13 +42,13 @@ def changed(seen: Watched, fail_at: int, killed: bool):
             if killed: os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError(f"process {rank()} has lost its marbles")
         examples, text, notes = draw(self, step)
-        seen.lengths.append([len(y) for _, y in text.pairs] if isinstance(text, T.Distilled) else text)
+        seen.lengths.append([len(y) for _, y in text.pairs] if isinstance(text, R.step.Distilled) else text)
         return examples, text, notes
     def fitted(self, *args, **more):
         log = fit(self, *args, **more)
         seen.weights = {n: p.detach().clone() for n, p in self.accelerator.unwrap_model(self.distiller).named_parameters()}
         return log
-    T.prepare, T.Trainer.draw, T.Trainer.fit = stopping, drawn, fitted
+    R.setup.prepare, R.trainer.Trainer.draw, R.trainer.Trainer.fit = stopping, drawn, fitted
 
 def main(folder: str, port: str = ""):
     torch.set_num_threads(1)
@@ -53,10 +57,10 @@ def main(folder: str, port: str = ""):
     changed(seen := Watched(folder/"runs"), wanted["fail_at"], wanted["killed"])
     for name, parameters in wanted["cases"].items():
         config = resolve(parameters, run_name=name)
-        if port: notebook_launcher(T.run, (config, True), num_processes=2, use_port=port)
+        if port: notebook_launcher(R.results.run, (config, True), num_processes=2, use_port=port)
         else:
             seen.begin()
-            metrics = T.run(config, True)
+            metrics = R.results.run(config, True)
             seen.save(folder, name, processes=metrics["machine"]["processes"])
 
 if __name__ == "__main__": main(*sys.argv[1:])

@@ -5,9 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from tiny_runs import Interrupted, interrupt_at, plain, state
-from mgsr_nb import training as T
-from mgsr_nb.config import finished, open_run, write_atomic
-from mgsr_nb.training import Trainer, TrainingError, damage, prepare, run
+from mgsr_nb import run as R
+import mgsr_nb.run.checkpoints
+import mgsr_nb.run.parts
+from mgsr_nb.files import write_atomic
+from mgsr_nb.run.folder import finished, open_run
+from mgsr_nb.run.engine import TrainingError
+from mgsr_nb.run.setup import prepare
+from mgsr_nb.run.checkpoints import damage
+from mgsr_nb.run.trainer import Trainer
+from mgsr_nb.run.results import run
 
 KIND = "gpt2"
 SHORT = dict(method="sft", max_steps=5, checkpoint_every=1, run_name="x")
@@ -60,11 +67,11 @@ def test_an_intact_checkpoint_warns_of_nothing(start):
 def test_old_checkpoints_go_only_when_the_new_one_was_read_back(start, monkeypatch):
     t = start()
     with pytest.raises(Interrupted): t.fit(interrupt_at(4))
-    rename = T.os.replace
+    rename = R.checkpoints.os.replace
     def lossy(part, whole):
         rename(part, whole)
         if "step-" in str(whole): cut(whole/"optimizer.bin")
-    monkeypatch.setattr(T.os, "replace", lossy)
+    monkeypatch.setattr(R.checkpoints.os, "replace", lossy)
     with pytest.raises(TrainingError, match="step 4: no checkpoint could be written .*optimizer.bin is not what was written.*step-000002, step-000003"): t.save()
     assert steps(t) == [2, 3, 4]
     with pytest.warns(UserWarning, match="step-000004 is damaged"): assert start().resume() == 3
@@ -146,8 +153,8 @@ def test_a_validation_that_is_no_number_ends_the_run_with_its_step_and_keeps_the
 
 def test_a_teacher_whose_fine_tuning_diverges_is_refused_with_the_step(config, tmp_path, monkeypatch):
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"own"))
-    forward = T.NLL.forward
+    forward = R.parts.NLL.forward
     calls = []
-    monkeypatch.setattr(T.NLL, "forward", lambda self, rows: (calls.append(1), (forward(self, rows)[0] * (math.inf if len(calls) > 1 else 1), {}))[1])
+    monkeypatch.setattr(R.parts.NLL, "forward", lambda self, rows: (calls.append(1), (forward(self, rows)[0] * (math.inf if len(calls) > 1 else 1), {}))[1])
     with pytest.raises(TrainingError, match="^step [12]: the loss of teacher SFT not finite"): prepare(config(**SHORT, teacher_sft_steps=2), cpu=True)
     assert not list((tmp_path/"own").glob("teachers/*/key.json"))

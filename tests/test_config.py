@@ -5,8 +5,10 @@ from typing import Literal, get_args, get_origin
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 from mgsr_nb import config as C
-from mgsr_nb.config import (ELSEWHERE, METHODS, PRESETS, SOURCE_ONLY, ConfigError, RunConfig, finished, from_notebook, open_run, parameter_table, project_root, resolve, run_name,
-                            write_atomic, write_csv, write_json)
+from mgsr_nb.presets import METHODS, PRESETS
+from mgsr_nb.config import ELSEWHERE, SOURCE_ONLY, ConfigError, RunConfig, from_notebook, parameter_table, resolve
+from mgsr_nb.files import project_root, write_atomic, write_csv, write_json
+from mgsr_nb.run.folder import finished, open_run, run_name
 
 FIELDS = RunConfig.model_fields
 OTHER = {  # for every field another allowed value
@@ -222,7 +224,7 @@ def test_every_choice_of_f_sub_and_the_teachers_token_is_one_of_the_modules():
 
 def test_every_detector_is_one_of_the_modules():
     from mgsr_nb import scrg
-    from mgsr_nb.training import make_detector
+    from mgsr_nb.run.parts import make_detector
     made = {kind: type(make_detector(resolve(scrg_detect=kind))) for kind in get_args(FIELDS["scrg_detect"].annotation)}
     assert made == {"max_kl": scrg.MaxKL, "threshold": scrg.FirstAbove, "random": scrg.AnyDifference}
     assert make_detector(resolve(scrg_detect="threshold", scrg_threshold=0.3)).threshold == 0.3
@@ -423,7 +425,7 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path, monkeypatch, failing)
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     path = tmp_path / "log.csv"
     write_atomic(path, "old")
-    code = ("import os, signal, sys\nfrom mgsr_nb.config import write_atomic\nos.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\n"
+    code = ("import os, signal, sys\nfrom mgsr_nb.files import write_atomic\nos.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\n"
             "write_atomic(sys.argv[1], 'new' * 1000)")
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -signal.SIGKILL
     assert path.read_text() == "old"

@@ -3,8 +3,7 @@ import contextlib, math
 import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from mgsr_nb.dac_kl import (CLASSES, READINGS, REMAINDERS, TARGETS, DACKL, Clip, FixedClip, LearnedClip, NoClip, SubNetwork, TopFraction, class_weights,
-                            clip_mask, log_mass, quantile_interval, subset_kl)
+from mgsr_nb.dac_kl import CLASSES, READINGS, REMAINDERS, TARGETS, DACKL, Clip, FixedClip, LearnedClip, NoClip, SubNetwork, TopFraction, class_weights, clip_mask, log_mass, quantile_interval, subset_kl
 from mgsr_nb.divergences import forward_kl, log_probs, masked_mean
 
 readings, targets, remainders = (pytest.mark.parametrize(n, v) for n, v in (('reading', READINGS), ('target', TARGETS), ('remainder', REMAINDERS)))

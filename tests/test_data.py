@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest, torch
 from toy_tokenizers import byte_level, sentence_piece
 from mgsr_nb import data as D
-from mgsr_nb.data import (Batch, DataError, Example, alpaca_prompt, batch_indices, bos_ids, collate, continuation_ids, cut_at_stop, encode, labels, load_eval_set,
-                          load_train, make_prompt, normalised, prompt_ids, read_jsonl, subset_note, supervised)
+from mgsr_nb.data import DataError, Example, alpaca_prompt, load_eval_set, load_train, make_prompt, normalised, read_jsonl, subset_note
+from mgsr_nb.tokens import Batch, batch_indices, bos_ids, collate, continuation_ids, cut_at_stop, encode, labels, prompt_ids, supervised
 
 PARIS = Example("1", "What is the capital of France?", references=("Paris is the capital.", "Paris"))
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}answer:{% endif %}"

@@ -5,10 +5,14 @@ from functools import lru_cache
 from pathlib import Path
 import nbformat, pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from mgsr_nb import ablation, dry_run as dry, models
-from mgsr_nb.config import ConfigError, RunConfig, open_run, resolve
-from mgsr_nb.data import bos_ids, collate
-from mgsr_nb.dry_run import ARCHITECTURES, Conventions, LiveBytes, activation_bytes, architecture, blueprint, cache_bytes, chunk_copies, count, dry_run, memory, phases, sizes, tiny, tiny_tokenizer
+from mgsr_nb import files, models
+from mgsr_nb.run import blueprints, command, memory as memory_of, rehearsal, dry_run as dry
+from mgsr_nb.config import ConfigError, RunConfig, resolve
+from mgsr_nb.run.folder import open_run
+from mgsr_nb.tokens import bos_ids, collate
+from mgsr_nb.run.blueprints import ARCHITECTURES, Conventions, architecture, blueprint, count, tiny, tiny_tokenizer
+from mgsr_nb.run.memory import LiveBytes, activation_bytes, cache_bytes, chunk_copies, memory, phases, sizes
+from mgsr_nb.run.dry_run import dry_run
 from mgsr_nb.models import add_lora, hidden_states
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
@@ -23,7 +27,7 @@ def closed(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse); monkeypatch.setattr(socket.socket, "connect", refuse); monkeypatch.setattr(urllib.request, "urlopen", refuse)
     for name in ("cache", "temporary", "default"): (tmp_path/name).mkdir()
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"cache"))
-    monkeypatch.setattr(models, "user_cache_dir", lambda name: str(tmp_path/"default"))
+    monkeypatch.setattr(files, "user_cache_dir", lambda name: str(tmp_path/"default"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path/"temporary"))
     yield dict(runs_dir=str(tmp_path/"runs"))
     assert os.environ["MGSR_CACHE"] == str(tmp_path/"cache")
@@ -33,18 +37,18 @@ def closed(tmp_path, monkeypatch):
 @pytest.fixture
 def logs(monkeypatch):
     "The configuration and the log of every tiny run, kept before its folder goes."
-    seen, real = [], dry.run
+    seen, real = [], rehearsal.run
     def spy(config, cpu=False):
         metrics = real(config, cpu)
         with open(Path(config.runs_dir)/config.run_name/"log.csv") as f: seen.append((config, list(csv.DictReader(f))))
         return metrics
-    monkeypatch.setattr(dry, "run", spy)
+    monkeypatch.setattr(rehearsal, "run", spy)
     return seen
 
 @pytest.fixture
 def quick(monkeypatch):
     "The two measured lines of the estimate are given, where a test is about something else."
-    monkeypatch.setattr(dry, "activation_bytes", lambda *args: 1e6); monkeypatch.setattr(dry, "chunk_copies", lambda config: 10.)
+    monkeypatch.setattr(memory_of, "activation_bytes", lambda *args: 1e6); monkeypatch.setattr(memory_of, "chunk_copies", lambda config: 10.)
 
 def real(name): return architecture(name, "teacher", Path("nowhere"))
 
@@ -105,7 +109,7 @@ def test_the_schedule_counts_sequences_epochs_and_tokens(closed, quick, capsys):
 @pytest.fixture
 def no_run(monkeypatch):
     def run(*args): raise AssertionError("a refusal must come before the tiny run")
-    monkeypatch.setattr(dry, "run", run)
+    monkeypatch.setattr(rehearsal, "run", run)
 
 @pytest.mark.parametrize("parameters,words", [
     (dict(preset="gpt2-dolly", max_tokens=1025), ("max_tokens: texts of up to 1025 tokens", "1024 positions of the teacher openai-community/gpt2-xl")),
@@ -123,9 +127,10 @@ def test_exactly_as_many_tokens_as_there_are_positions_are_allowed(closed, quick
     dry_run(resolve(closed, preset="gpt2-dolly", max_tokens=1024, max_prompt_tokens=512, max_new_tokens=512), cpu=True)
 
 def test_a_refusal_inside_the_tiny_run_names_the_real_model(closed, quick, monkeypatch):
-    from mgsr_nb import training
+    from mgsr_nb import run as R
+    import mgsr_nb.run.setup
     def refuse(model, name, parameter): raise ConfigError(f"{parameter}: {name} changes its logits")
-    monkeypatch.setattr(training, "check_head", refuse)
+    monkeypatch.setattr(R.setup, "check_head", refuse)
     with pytest.raises(ConfigError, match="^teacher: meta-llama/Llama-2-13b-hf changes its logits$"): dry_run(resolve(closed, preset="llama2-dolly"), cpu=True)
 
 def test_the_chat_template_needs_a_tokenizer_that_has_one(closed, quick):
@@ -147,7 +152,7 @@ def test_the_runs_folder_is_looked_at_and_left_alone(closed, tmp_path, no_run, m
 # --- where the facts come from
 
 def test_the_builtin_needs_its_wheel_and_nothing_else(closed, quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(dry, "_gguf_folder", lambda: tmp_path)
+    monkeypatch.setattr(blueprints, "_gguf_folder", lambda: tmp_path)
     assert dry_run(resolve(closed), cpu=True)["sizes"].teacher_weights == 134_515_008
 
 def test_without_the_wheel_the_builtin_is_refused_with_the_command_that_installs_it(monkeypatch):
@@ -161,7 +166,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_one_that_does_for_its_conf
         wanted.append(kw)
         if kw.get("local_files_only"): raise OSError("not in the cache")
         return "the configuration"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False); monkeypatch.setattr(dry.AutoConfig, "from_pretrained", load)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False); monkeypatch.setattr(blueprints.AutoConfig, "from_pretrained", load)
     def silent(request, timeout): asked.append(timeout); raise OSError
     monkeypatch.setattr(urllib.request, "urlopen", silent)
     with pytest.raises(ConfigError, match="^student: cannot load 'some/model'"): architecture("some/model", "student", tmp_path)
@@ -178,7 +183,7 @@ def test_local_models_are_read_where_they_are(closed, quick, local_models, kind)
     for path, n in ((teacher, found["sizes"].teacher_weights), (student, found["sizes"].student_weights)): assert n == count(AutoModelForCausalLM.from_pretrained(path))
     assert not [d for d in found["disk"] if d[0] == "download"]
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    c = dry.conventions(teacher, "teacher")
+    c = blueprints.conventions(teacher, "teacher")
     assert (c.begins == "<s>") == (kind != "gpt2") and c.pads == (tokenizer.pad_token is not None and kind != "gpt2") and not c.chat
 
 def test_local_models_that_do_not_fit_are_refused(closed, no_run, local_models, tmp_path):
@@ -195,9 +200,9 @@ def test_the_parameters_are_those_that_the_authors_count(name):
     assert count(blueprint(real(name))) / 1e6 == pytest.approx(KNOWN[name], abs=0.05) and all(p.is_meta for p in blueprint(real(name)).parameters())
 
 def test_every_model_of_the_presets_is_in_the_table():
-    from mgsr_nb.config import PRESETS
+    from mgsr_nb.presets import PRESETS
     named = {p[k] for p in PRESETS.values() for k in ("teacher", "student") if k in p and p[k] != "truncate"} | {resolve().teacher}
-    assert named <= set(ARCHITECTURES) == set(KNOWN) | {models.BUILTIN} and all(dry.conventions(n, "teacher") for n in ARCHITECTURES)
+    assert named <= set(ARCHITECTURES) == set(KNOWN) | {models.BUILTIN} and all(blueprints.conventions(n, "teacher") for n in ARCHITECTURES)
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_tiny_model_has_the_architecture_of_the_real_one(name):
@@ -281,7 +286,7 @@ def test_one_text_has_one_graph_and_nobody_writes():
     assert mgsr["step", "activations"] == pytest.approx(2 * kd["step", "activations"]) and set(with_text) - set(without) == {"writing"}
     assert ("always", "f_sub") not in kd and kd["step", "chunk"] < mgsr["step", "chunk"]
     s = estimate(preset="gpt2-dolly", precision="bfloat16")[0]
-    keys = lambda **more: {i.what for i in dry.writing(resolve(preset="gpt2-dolly", **more), s)} - {"forward"}
+    keys = lambda **more: {i.what for i in memory_of.writing(resolve(preset="gpt2-dolly", **more), s)} - {"forward"}
     both, student = {"keys and values, student", "keys and values, teacher"}, {"keys and values, student"}
     assert keys() == keys(method="minillm") == keys(method="distillm", teacher_mix=0.2) == both and keys(method="distillm") == keys(scrg=False) == student
 
@@ -332,7 +337,8 @@ def test_autocast_keeps_copies_of_float32_weights_only_also_of_frozen_ones(froze
 @pytest.mark.parametrize("kind,lora,method", [("llama", 8, "mgsr"), ("gpt2", 0, "mgsr"), ("opt", 0, "kd")])
 def test_a_whole_training_step_needs_what_was_estimated(kind, lora, method):
     "All that is alive at the peak of a real forward and backward pass of a pair large enough for every line to count."
-    from mgsr_nb.training import Distiller, Micro, make_objective, make_optimizer
+    from mgsr_nb.run.parts import make_objective
+    from mgsr_nb.run.step import Distiller, Micro, make_optimizer
     V, T, P, rows = 3000, 64, 16, 3
     shape = {"llama": lambda h: dict(hidden_size=h, num_attention_heads=8, num_key_value_heads=8, intermediate_size=int(h * 2.75)), "gpt2": lambda h: dict(n_embd=h, n_head=8, attn_pdrop=0.),
              "opt": lambda h: dict(hidden_size=h, word_embed_proj_dim=h, ffn_dim=4 * h, num_attention_heads=8)}[kind]
@@ -428,7 +434,7 @@ def test_what_the_notebook_refuses_mgsr_run_says_in_a_line(monkeypatch, capsys, 
         raise PapermillExecutionError(1, 1, "", name, "max_tokens: too many", [])
     monkeypatch.setattr(command, "main", main)
     before = sorted(ROOT.glob("runs/*"))
-    with pytest.raises(SystemExit if status else PapermillExecutionError) as end: ablation.main()
+    with pytest.raises(SystemExit if status else PapermillExecutionError) as end: command.main()
     said = capsys.readouterr()
     assert not status or end.value.code == status and said.err.endswith("mgsr-run: max_tokens: too many\n")
     assert not said.out and not list(tmp_path.iterdir()) and sorted(ROOT.glob("runs/*")) == before
@@ -439,7 +445,7 @@ def test_the_commands_leave_nothing_but_the_notebook_that_was_asked_for(commands
     assert not [p for p in (root/"temporary").rglob("*") if p.suffix in (".ipynb", ".safetensors", ".json")]
 
 def test_no_cell_of_the_notebook_gives_a_parameter_another_meaning():
-    "`from mgsr_nb.dry_run import dry_run` would replace the parameter of that name, and running the cells again would fail."
+    "`from mgsr_nb.run.dry_run import dry_run` would replace the parameter of that name, and running the cells again would fail."
     cells = [c for c in nbformat.read(ROOT/"nbs"/"train.ipynb", 4).cells if c.cell_type == "code"]
     after = cells[1 + next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", [])):]
     bound = set()

@@ -4,10 +4,11 @@ import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from tiny_models import EOS, KINDS, PAD, tiny_model
-from mgsr_nb.config import PRESETS, resolve
-from mgsr_nb.data import Encoded, Example
-from mgsr_nb.evaluation import (accumulated_error, answers, distinct_n, evaluate, excess_error, excess_errors, exposure, held_out, repetition, response_states, rouge_l, score_answers,
-                                token_losses, usable_length, written, written_and_read)
+from mgsr_nb.presets import PRESETS
+from mgsr_nb.config import resolve
+from mgsr_nb.data import Example
+from mgsr_nb.tokens import Encoded
+from mgsr_nb.evaluation import accumulated_error, answers, distinct_n, evaluate, excess_error, excess_errors, exposure, held_out, repetition, response_states, rouge_l, score_answers, token_losses, usable_length, written, written_and_read
 from mgsr_nb.sampling import generator_for, sampler
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -6,9 +6,8 @@ from tiny_models import tiny_model
 from mgsr_nb import explore
 from mgsr_nb.dac_kl import DACKL, READINGS, REMAINDERS, TARGETS, FixedClip
 from mgsr_nb.divergences import DIVERGENCES, forward_kl
-from mgsr_nb.explore import (GRID, TEACHER, TERMS, bell, dac_kl_figure, dac_kl_numbers, divergence_figure, divergence_numbers, explore_dac_kl, explore_divergences,
-                             explore_weights, png, positions, terms_of_run, weighted_figure, weighted_numbers)
-from mgsr_nb.one_step import gradient_norms, heat_strip, shapes
+from mgsr_nb.explore import GRID, TEACHER, TERMS, bell, dac_kl_figure, dac_kl_numbers, divergence_figure, divergence_numbers, explore_dac_kl, explore_divergences, explore_weights, png, positions, terms_of_run, weighted_figure, weighted_numbers
+from mgsr_nb.run.one_step import gradient_norms, heat_strip, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
@@ -162,7 +161,7 @@ def test_figures_are_small_files():
     for figure in (dac_kl_figure(dac_kl_numbers()), divergence_figure(divergence_numbers()), weighted_figure(weighted_numbers())): assert len(png(figure)) < 60_000
 
 def test_without_a_kernel_the_chapter_has_pictures_and_says_what_to_do():
-    cells = [c for c in nbformat.read(ROOT/'nbs'/'15_explore.ipynb', as_version=4).cells if c.cell_type == 'code']
+    cells = [c for c in nbformat.read(ROOT/'nbs'/'14_explore.ipynb', as_version=4).cells if c.cell_type == 'code']
     for name in EXPLORERS:
         at = next(i for i, c in enumerate(cells) if c.source == f'explore_{name}()')
         assert 'JupyterLab' in cells[at].outputs[0].data['text/plain']

@@ -1,11 +1,14 @@
 "A short run is the same with and without what makes it fast: one walk in chunks and blocks, readings that go on, teacher states that are reused, rows sorted by length."
 import pytest, torch
 import mgsr_nb.scrg as scrg
-import mgsr_nb.training as training
+from mgsr_nb import run as R
+import mgsr_nb.run.step
 from mgsr_nb.config import resolve
 from mgsr_nb.divergences import log_probs
 from mgsr_nb.objective import Evaluated, Objective, whole_rows
-from mgsr_nb.training import Distilled, Trainer, prepare
+from mgsr_nb.run.step import Distilled
+from mgsr_nb.run.setup import prepare
+from mgsr_nb.run.trainer import Trainer
 from tiny_runs import save_pair, tiny_parameters, without_dropout
 
 
@@ -38,7 +41,7 @@ def slow(monkeypatch):
         try: return once(self, *args)
         finally: self.sample = sample
     monkeypatch.setattr(scrg.SCRG, "_once", from_the_start)
-    monkeypatch.setattr(training, "by_length", lambda pairs, size, number: [list(range(len(pairs)))[a:a + size] for a in range(0, number * size, size)])
+    monkeypatch.setattr(R.step, "by_length", lambda pairs, size, number: [list(range(len(pairs)))[a:a + size] for a in range(0, number * size, size)])
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory): return {kind: save_pair(tmp_path_factory.mktemp(kind), kind)[0] for kind in ("gpt2", "llama")}

@@ -2,7 +2,7 @@
 import importlib.util, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from mgsr_nb.config import METHODS
+from mgsr_nb.presets import METHODS
 from tiny_runs import save_pair
 
 SCRIPT = Path(__file__).resolve().parents[1]/"tools"/"gpu_check.py"

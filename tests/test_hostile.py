@@ -3,8 +3,11 @@ import copy, json, math, subprocess, sys
 import pytest, torch
 from torch import nn
 from tiny_runs import save_pair, tiny_parameters
-from mgsr_nb import objective as O, training as T
-from mgsr_nb.data import DataError, encode, load_eval_set, read_jsonl
+from mgsr_nb import objective as O, run as R
+import mgsr_nb.run.engine
+import mgsr_nb.run.parts
+from mgsr_nb.data import DataError, load_eval_set, read_jsonl
+from mgsr_nb.tokens import encode
 from mgsr_nb.config import resolve
 from mgsr_nb.objective import Objective, Text
 from toy_tokenizers import byte_level
@@ -19,7 +22,8 @@ class Blocked:      # whatever could load a model or data
         if name.split(".")[0] in ("torch", "transformers", "datasets", "accelerate", "safetensors"): raise SystemExit(f"imports {{name}}")
 sys.meta_path.insert(0, Blocked())
 sys.addaudithook(lambda event, args: sys.exit(f"opens {{args[0]}}") if event == "open" and str(args[0]).endswith((".jsonl", ".safetensors", ".gguf", "config.json")) else None)
-from mgsr_nb.config import ConfigError, EVAL_SET_NAMES, PRESETS, METHODS, RunConfig, resolve
+from mgsr_nb.presets import PRESETS, METHODS
+from mgsr_nb.config import ConfigError, EVAL_SET_NAMES, RunConfig, resolve
 from typing import Literal, get_args, get_origin
 
 rng, fields = random.Random({seed}), RunConfig.model_fields
@@ -152,7 +156,7 @@ def only(name, **more): return resolve(scrg=False, mask_temperature=0.1, clip_up
 def losses_of(name, hidden, teacher, heads, ids, dtype, vocab):
     "Loss and gradients of one term on a text of given hidden states and heads, in `dtype`."
     from mgsr_nb.minillm import Policy
-    objective = T.make_objective(only(name), vocab).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    objective = R.parts.make_objective(only(name), vocab).to(torch.float64 if dtype == torch.float64 else torch.float32)
     hidden, (student_head, teacher_head) = hidden.detach().clone().to(dtype).requires_grad_(), [copy.deepcopy(h).to(dtype) for h in heads]
     n = len(ids)
     advantage = torch.linspace(-1, 1, n, dtype=torch.float64).to(dtype)
@@ -192,6 +196,6 @@ def test_one_logit_that_is_no_number_ends_the_step_with_its_number_and_the_term(
         if not once: once.append(logits.data[0, 3].fill_(value))
         return inner(logits, labels, gradients)
     monkeypatch.setattr(O, "Student", poisoned)
-    with pytest.raises(T.TrainingError) as e: t.step()
+    with pytest.raises(R.engine.TrainingError) as e: t.step()
     named = str(e.value).split(" not finite")[0].removeprefix("step 3: ").split(", ")
     assert once and str(e.value).startswith("step 3: ") and {"loss", name} <= set(named) and t.progress.step == 2

@@ -7,7 +7,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, PrecisionType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
-from mgsr_nb import training
+from mgsr_nb import run as R
+import mgsr_nb.run.engine
+import mgsr_nb.run.setup
 from mgsr_nb.config import ConfigError, RunConfig, resolve
 from tiny_runs import save_pair, tiny_parameters
 
@@ -121,10 +123,10 @@ def test_an_update_by_fsdp_is_that_of_ddp_and_what_is_outside_of_it_cannot_be_do
 ], ids=["fsdp", "zero3", "micro"])
 def test_a_launcher_that_splits_the_student_is_refused_before_anything_loads(env, more, said, monkeypatch):
     for key, value in env.items(): monkeypatch.setenv(key, value)
-    monkeypatch.setattr(training, "model_path", lambda name: pytest.fail("looked for a model"))
-    with pytest.raises(ConfigError, match=said): training.prepare(resolve(**more), cpu=True)
+    monkeypatch.setattr(R.engine, "model_path", lambda name: pytest.fail("looked for a model"))
+    with pytest.raises(ConfigError, match=said): R.setup.prepare(resolve(**more), cpu=True)
 
 def test_zero_2_and_ddp_are_not_refused(monkeypatch):
-    training.check_launcher(resolve(micro_batch_size=2))
+    R.engine.check_launcher(resolve(micro_batch_size=2))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true"); monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(FOLDER/"zero2.json"))
-    training.check_launcher(resolve())
+    R.engine.check_launcher(resolve())

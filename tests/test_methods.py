@@ -2,9 +2,12 @@
 import pandas as pd
 import pytest
 import torch
-from mgsr_nb.config import METHODS, PRESETS, resolve, run_name
+from mgsr_nb.presets import METHODS, PRESETS
+from mgsr_nb.config import resolve
+from mgsr_nb.run.folder import run_name
 from mgsr_nb.sampling import OffPolicy, OnPolicy
-from mgsr_nb.training import Trainer, prepare
+from mgsr_nb.run.setup import prepare
+from mgsr_nb.run.trainer import Trainer
 from tiny_runs import save_pair, tiny_parameters
 
 OFF_POLICY = [name for name, p in METHODS.items() if p.get("sampling") == "off_policy"]
@@ -58,23 +61,25 @@ def test_every_method_trains_two_finite_steps_and_moves_only_the_student(method,
     assert log.loss[1:].notna().all() and set(trainer.distiller.objective.terms) == {t for t in ("sft", "dac", "span", "kd", "pg") if getattr(config, f"{t}_weight") > 0}
 
 def test_only_methods_that_sample_pay_for_sampling(tmp_path, teacher, monkeypatch):
-    import mgsr_nb.training as training
+    from mgsr_nb import run as R
+    import mgsr_nb.run.parts
+    import mgsr_nb.run.setup
     def forbidden(*args, **kwargs): raise AssertionError("sampled")
     config = tiny(tmp_path, teacher, "kd")
     setup = prepare(config, cpu=True)
-    monkeypatch.setattr(training.OnPolicy, "__call__", forbidden)
+    monkeypatch.setattr(R.parts.OnPolicy, "__call__", forbidden)
     Trainer(setup).fit()
     with pytest.raises(AssertionError, match="sampled"): Trainer(prepare(tiny(tmp_path, teacher, "gkd", mixed_fraction=1.0), cpu=True)).fit()
 
 def test_teacher_text_replaces_the_responses_that_are_visited_and_is_made_once(tmp_path, teacher, monkeypatch):
-    import mgsr_nb.training as training
+    from mgsr_nb import run as R
     truth = prepare(tiny(tmp_path, teacher, "sft", max_steps=1), cpu=True)
     setup = prepare(tiny(tmp_path, teacher, "seqkd", max_steps=1), cpu=True)
     changed = [i for i, (a, b) in enumerate(zip(truth.train, setup.train)) if a.response_ids != b.response_ids]
     assert 1 <= len(changed) <= setup.config.batch_size < len(setup.train)
     assert all(a.prompt_ids == b.prompt_ids for a, b in zip(truth.train, setup.train))
     assert all(len(setup.train[i].response_ids) <= setup.config.max_new_tokens for i in changed)
-    monkeypatch.setattr(training.Setup, "sampler", lambda *args: pytest.fail("written again"))
+    monkeypatch.setattr(R.setup.Setup, "sampler", lambda *args: pytest.fail("written again"))
     again = prepare(tiny(tmp_path, teacher, "seqkd", max_steps=1), cpu=True)
     assert [e.response_ids for e in again.train] == [e.response_ids for e in setup.train]
 

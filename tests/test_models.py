@@ -9,9 +9,9 @@ from tiny_models import EOS, KINDS, PAD, tiny_model, tiny_pair
 from toy_tokenizers import byte_level, sentence_piece
 from mgsr_nb import models as M
 from mgsr_nb.config import ConfigError
-from mgsr_nb.data import collate, labels, supervised
-from mgsr_nb.models import (BUILTIN, GGUF_INSTALL, GGUF_NAME, add_lora, artefact, base_model, block_influence, check_head, choose_layers, head_logits, hidden_states, load_model,
-                            load_tokenizer, model_path, resolve_precision, save_model, check_tokenizers, shared_vocabulary, stop_ids, truncate)
+from mgsr_nb.tokens import collate, labels, supervised
+from mgsr_nb.files import artefact
+from mgsr_nb.models import BUILTIN, GGUF_INSTALL, GGUF_NAME, add_lora, base_model, block_influence, check_head, choose_layers, head_logits, hidden_states, load_model, load_tokenizer, model_path, resolve_precision, save_model, check_tokenizers, shared_vocabulary, stop_ids, truncate
 from mgsr_nb.sampling import generate
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ from torch import nn
 from tiny_models import EOS, KINDS, PAD, tiny_model
 from mgsr_nb import objective as O
 from mgsr_nb.dac_kl import CLASSES, DACKL, REMAINDERS, TARGETS, FixedClip, LearnedClip, NoClip, SubNetwork, TopFraction
-from mgsr_nb.data import collate, labels, supervised
+from mgsr_nb.tokens import collate, labels, supervised
 from mgsr_nb.divergences import DIVERGENCES, forward_kl
 from mgsr_nb.models import hidden_states
 from mgsr_nb.objective import DAC, NLL, Divergence, Objective, Span, Text

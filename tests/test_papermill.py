@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 import nbformat, pytest
 from tiny_runs import tiny_parameters
-from mgsr_nb import ablation
-from mgsr_nb.config import RunConfig, finished, open_run, resolve
+from mgsr_nb.run import command as mgsr_run
+from mgsr_nb.config import RunConfig, resolve
+from mgsr_nb.run.folder import finished, open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -84,14 +85,14 @@ def test_pitfall_42_papermill_fails_and_names_the_parameter_before_torch_is_impo
     assert f"ConfigError: {WRONG[name][1]}: " in done.stderr
     cells = [c for c in notebook.cells if c.cell_type == "code" and "papermill-error" not in str(c.metadata.get("tags", []))]
     ran = [c for c in cells if c.execution_count]
-    assert "from_notebook(In, globals())" in ran[-1].source and "from mgsr_nb.training" not in "".join(c.source for c in ran)
+    assert "from_notebook(In, globals())" in ran[-1].source and "from mgsr_nb.run.setup" not in "".join(c.source for c in ran)
     assert not list(project.root.rglob("*nope*")) and not list(project.root.rglob("*dac_wieght*"))
 
 @pytest.mark.pitfall(42)
 def test_pitfall_42_the_guard_against_torch_works(project):
-    done = command(project, "python", "-c", "import mgsr_nb.config, mgsr_nb.ablation, mgsr_nb.training", env=project.guarded)
+    done = command(project, "python", "-c", "import mgsr_nb.config, mgsr_nb.run.command, mgsr_nb.study.suites, mgsr_nb.run.trainer", env=project.guarded)
     assert "torch was imported" in done.stderr
-    assert command(project, "python", "-c", "import mgsr_nb.config, mgsr_nb.ablation", env=project.guarded).returncode == 0
+    assert command(project, "python", "-c", "import mgsr_nb.config, mgsr_nb.run.command, mgsr_nb.study.suites", env=project.guarded).returncode == 0
 
 @pytest.mark.pitfall(42)
 @pytest.mark.parametrize("name", WRONG)
@@ -99,7 +100,7 @@ def test_pitfall_42_mgsr_run_refuses_with_status_2_and_without_a_kernel(project,
     monkeypatch.chdir(project.root)
     monkeypatch.setattr(sys, "argv", ["mgsr-run", *WRONG[name][0].split()])
     before = sorted(project.root.rglob("*"))
-    with pytest.raises(SystemExit) as end: ablation.main()
+    with pytest.raises(SystemExit) as end: mgsr_run.main()
     said = capsys.readouterr()
     assert end.value.code == 2 and said.err.startswith(f"mgsr-run: {WRONG[name][1]}: ") and WRONG[name][2] in said.err and "Traceback" not in said.err
     assert not said.out and sorted(project.root.rglob("*")) == before
@@ -111,12 +112,12 @@ def test_pitfall_42_the_console_script_says_it_in_a_terminal(project):
 
 def test_mgsr_run_outside_of_a_project_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path); monkeypatch.setattr(sys, "argv", ["mgsr-run"])
-    with pytest.raises(SystemExit) as end: ablation.main()
+    with pytest.raises(SystemExit) as end: mgsr_run.main()
     assert end.value.code == 2 and "inside a clone of the project" in capsys.readouterr().err
 
 def test_mgsr_run_help_lists_the_parameters(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mgsr-run", "--help"])
-    ablation.main()
+    mgsr_run.main()
     said = capsys.readouterr().out
     for name, field in FIELDS.items(): assert re.search(rf"^  {name} +{re.escape(field.description)} \[.*; default {re.escape(repr(field.default))}\]$", said, re.M), name
     assert "[one of value, rank, mass; default 'value']" in said
@@ -125,11 +126,11 @@ def test_an_interrupted_run_says_what_the_same_command_will_do(tmp_path, monkeyp
     "Ctrl-C reaches papermill, which click turns into its own exception."
     import click
     def interrupted(folder, execute): raise click.exceptions.Abort
-    monkeypatch.setattr(ablation, "execute_whole", interrupted)
+    monkeypatch.setattr(mgsr_run, "execute_whole", interrupted)
     for steps, words in (([], "begins again, since there is no checkpoint"), ([2, 10], "goes on behind step 10")):
         for n in steps: (tmp_path/"x"/"checkpoints"/f"step-{n:06d}").mkdir(parents=True)
         monkeypatch.setattr(sys, "argv", ["mgsr-run", "-p", "runs_dir", str(tmp_path), "-p", "run_name", "x"])
-        with pytest.raises(SystemExit) as end: ablation.main()
+        with pytest.raises(SystemExit) as end: mgsr_run.main()
         said = capsys.readouterr().err
         assert end.value.code == 130 and "mgsr-run: interrupted; the same command " + words in said and "Traceback" not in said
 
@@ -146,7 +147,7 @@ def test_what_the_notebook_refuses_is_one_sentence_and_the_place_of_the_rest(pro
 @pytest.mark.parametrize("typed,value", [("0.5", 0.5), ("1", 1.0)])
 def test_pitfall_42_flags_become_what_papermill_makes_of_them(project, monkeypatch, typed, value):
     monkeypatch.chdir(project.root)
-    found = ablation.typed_parameters(["-p", "dac_weight", typed, "-p", "scrg", "False", "-p", "eval_seeds", "10", "-r", "run_name", "007"])
+    found = mgsr_run.typed_parameters(["-p", "dac_weight", typed, "-p", "scrg", "False", "-p", "eval_seeds", "10", "-r", "run_name", "007"])
     c = resolve(found)
     assert (c.dac_weight, c.scrg, c.eval_seeds, c.run_name) == (value, False, "10", "007")
 
@@ -182,9 +183,9 @@ def test_the_notebook_shows_what_a_reader_wants_to_see(executed):
     assert sum("image/png" in d for d in data) == 1 and "shared classes" in text_of(notebook)
 
 def test_the_notebook_computes_what_run_computes(project, executed, monkeypatch, tmp_path):
-    "The cells of the notebook and `mgsr_nb.training.run` are the same run."
+    "The cells of the notebook and `mgsr_nb.run.results.run` are the same run."
     import torch
-    from mgsr_nb.training import run
+    from mgsr_nb.run.results import run
     if torch.cuda.is_available(): pytest.skip("the notebook used another device")
     monkeypatch.setenv("MGSR_CACHE", project.env["MGSR_CACHE"])
     ours, theirs = run(config_of(project, runs_dir=str(tmp_path), dac_weight=0.5), cpu=True), json.loads((executed[1]/"metrics.json").read_text())
@@ -208,7 +209,8 @@ def test_pitfall_43_the_form_without_an_output_path_writes_the_notebook_to_stdou
 
 @pytest.mark.pitfall(32, 44)
 def test_pitfall_44_mgsr_run_makes_the_folder_and_goes_on_with_an_interrupted_run(project, monkeypatch):
-    from mgsr_nb.training import Trainer, prepare
+    from mgsr_nb.run.setup import prepare
+    from mgsr_nb.run.trainer import Trainer
     monkeypatch.setenv("MGSR_CACHE", project.env["MGSR_CACHE"])
     more = dict(checkpoint_every=1, seed=3)
     c = config_of(project, **more)
@@ -228,10 +230,11 @@ def test_pitfall_44_mgsr_run_makes_the_folder_and_goes_on_with_an_interrupted_ru
 @pytest.mark.pitfall(32, 46)
 def test_pitfall_46_a_run_that_papermill_cuts_off_is_not_finished_and_goes_on(project, monkeypatch):
     "Papermill's own record may call it completed; metrics.json does not exist. Modules are imported before the clock of the cells runs."
-    from mgsr_nb.training import Trainer, prepare
+    from mgsr_nb.run.setup import prepare
+    from mgsr_nb.run.trainer import Trainer
     startup = project.ipython/"profile_default"/"startup"
     startup.mkdir(parents=True, exist_ok=True)
-    (startup/"00.py").write_text("import mgsr_nb.training, pandas, matplotlib.pyplot")
+    (startup/"00.py").write_text("import mgsr_nb.run.trainer, pandas, matplotlib.pyplot")
     more = dict(max_steps=1_000_000, checkpoint_every=1, log_every=1000, run_name="cut", seed=4)
     (project.root/"runs"/"cut").mkdir(parents=True)
     folder = project.root/"runs"/"cut"

@@ -1,8 +1,8 @@
 """The performance notebook's module on a table that can be checked by hand, and the committed measurements: whole, of one machine, with the cases that the bars need."""
 import pandas as pd
 import pytest
-from mgsr_nb.config import project_root
-from mgsr_nb.performance import BARS, against, bars, measured
+from mgsr_nb.files import project_root
+from mgsr_nb.run.performance import BARS, against, bars, measured
 
 PARTS = ('loss', 'growth', 'scrg', 'step')
 

@@ -63,7 +63,8 @@ def test_every_component_exports_a_module_of_its_own():
         assert len(names) == 1, f'{path.name}: {len(names)} default_exp'
         assert names[0] not in exported, f'{path.name} and {exported[names[0]]} both export {names[0]}'
         exported[names[0]] = path.name
-    assert {f'{n}.py' for n in exported} == {p.name for p in LIB.glob('*.py')} - {'__init__.py', '_modidx.py'}
+    modules = {p.relative_to(LIB).with_suffix('').as_posix().replace('/', '.') for p in LIB.rglob('*.py')}
+    assert set(exported) == modules - {'__init__', '_modidx', 'run.__init__', 'study.__init__'}
 
 
 # ---- configuration
@@ -138,12 +139,12 @@ def distributions(names):
 
 def test_every_import_of_the_library_is_declared():
     declared = set(requirement_names('requirements'))
-    for path in sorted(LIB.glob('*.py')):
+    for path in sorted(LIB.rglob('*.py')):
         for module, dists in distributions(module_level_imports(path)).items():
             assert dists & declared, f'{path.name} imports {module}; settings.ini requires none of {sorted(dists)}'
 
 def test_every_requirement_is_used():
-    names = set().union(*(imports(p.read_text(encoding='utf-8')) for p in LIB.glob('*.py')))
+    names = set().union(*(imports(p.read_text(encoding='utf-8')) for p in LIB.rglob('*.py')))
     for path in NOTEBOOKS:
         for cell in code(read(path)):
             try: names |= imports(cell.source)
@@ -189,7 +190,7 @@ def test_component_imports_only_from_lower_numbers(path):
     number = {re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(c.source for c in code(read(p))), re.M)[1]: p.name.split('_')[0]
               for p in COMPONENTS}
     for cell in code(read(path)):
-        for module in re.findall(r'^\s*(?:from|import)\s+mgsr_nb\.(\w+)', cell.source, re.M):
+        for module in re.findall(r'^\s*(?:from|import)\s+mgsr_nb\.([\w.]+)', cell.source, re.M):
             assert number[module] < path.name.split('_')[0], f'{path.name} imports {module} of notebook {number[module]}'
 
 @pytest.fixture

@@ -7,12 +7,14 @@ import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
 from IPython.display import Markdown
 from matplotlib.colors import to_rgb
-from mgsr_nb.config import write_json
-from mgsr_nb import report
-from mgsr_nb.report import (BEFORE, FAILS, HOLDS, METRICS, NOT_RUN, OPEN, TEACHER, Estimate, Results, Sample, best_cell, better_by, claims_sentence, clipping_answer, clipping_pairs, costs, draws_of,
-                            each_run, effect_plot, estimate, failures_markdown, gaps, learning_curves, limits_plot, metrics_apart, metrics_plot, paired, sharpness_answer, rank_correlation, read_results, resampled, results_csv, results_table, sample, score_table,
-                            setting, small_png, suite_claims, suite_effects, suite_figures, suite_logs, suite_markdown, suite_scores, summary_markdown, verdict, weight_grid, weights_answer,
-                            where_limits_ended, write_results_csv, write_toy_run)
+from mgsr_nb.files import write_json
+from mgsr_nb.study import records, pages, tables
+from mgsr_nb.study.records import Results, read_results, write_toy_run
+from mgsr_nb.study.statistics import FAILS, HOLDS, METRICS, NOT_RUN, OPEN, Estimate, Sample, better_by, draws_of, estimate, paired, resampled, sample, verdict
+from mgsr_nb.study.tables import BEFORE, TEACHER, results_csv, results_table, score_table, suite_claims, suite_effects, suite_logs, suite_scores, where_limits_ended, write_results_csv
+from mgsr_nb.study.figures import costs, effect_plot, learning_curves, limits_plot, metrics_plot, small_png, weight_grid
+from mgsr_nb.study.findings import best_cell, claims_sentence, clipping_answer, clipping_pairs, each_run, failures_markdown, metrics_apart, sharpness_answer, rank_correlation, summary_markdown, weights_answer
+from mgsr_nb.study.pages import gaps, setting, suite_figures, suite_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -155,14 +157,14 @@ def test_rows_of_student_before_and_teacher_are_those_models_scores(tmp_path):
 
 def test_two_runs_are_compared_prompt_by_prompt_whatever_their_seeds(tmp_path, results):
     one, two = (add(tmp_path, 'spans', cell, seed, shift) for cell, seed, shift in (('none', 0, 0.), ('phrases', 3, 0.25)))
-    found = report.compare(one, two)
+    found = pages.compare(one, two)
     assert list(found.columns) == ['seed0', 'seed3', 'better by'] and list(found.index)[0].startswith('NLL')
-    a, b = (sample([report.read_run(p)], 'nll').by_seed()[0] for p in (one, two))
+    a, b = (sample([records.read_run(p)], 'nll').by_seed()[0] for p in (one, two))
     assert (float(found.iloc[0, 0]), float(found.iloc[0, 1])) == pytest.approx((a, b), abs=6e-4) and float(found.iloc[0, 2].split(' [')[0]) == pytest.approx(a - b, abs=6e-4)
-    with pytest.raises(ValueError, match='no finished run, there is no metrics.json'): report.compare(one, tmp_path)
+    with pytest.raises(ValueError, match='no finished run, there is no metrics.json'): pages.compare(one, tmp_path)
     changed = two_sets()
     changed['a']['tokens'] = [2, 1]
-    with pytest.raises(ValueError, match='not evaluated on the same prompts'): report.compare(one, write_toy_run(tmp_path, 'spans', 'whole', 0, changed))
+    with pytest.raises(ValueError, match='not evaluated on the same prompts'): pages.compare(one, write_toy_run(tmp_path, 'spans', 'whole', 0, changed))
 
 def test_runs_on_other_prompts_are_named_and_left_out(tmp_path):
     changed = two_sets()
@@ -205,7 +207,7 @@ def test_runs_in_another_precision_are_named_and_left_out(tmp_path):
 def test_different_prompts_are_never_compared(tmp_path, metric):
     changed = two_sets()
     changed['a']['tokens'] = [2, 1]
-    runs = [report.read_run(add(tmp_path, 'spans', 'none', 0)), report.read_run(write_toy_run(tmp_path, 'spans', 'phrases', 0, changed))]
+    runs = [records.read_run(add(tmp_path, 'spans', 'none', 0)), records.read_run(write_toy_run(tmp_path, 'spans', 'phrases', 0, changed))]
     with pytest.raises(ValueError, match='same prompts'): better_by(runs[:1], runs[1:], metric)
     with pytest.raises(ValueError, match='same prompts'): sample(runs, metric)
 
@@ -409,7 +411,7 @@ def test_the_plot_has_a_dot_a_run_in_its_group(tmp_path):
 # ---- words
 
 def test_numbers_are_rounded_without_a_negative_zero():
-    assert report._number(-0.0004, 3) == '0.000' and report._number(0.0004, 3, True) == '0.000' and report._number(-0.0006, 3) == '-0.001' and report._number(0.25, 1, True) == '+0.2'
+    assert tables._number(-0.0004, 3) == '0.000' and tables._number(0.0004, 3, True) == '0.000' and tables._number(-0.0006, 3) == '-0.001' and tables._number(0.25, 1, True) == '+0.2'
 
 def test_score_table_by_hand(results):
     row = next(l for l in score_table(suite_scores(results, 'loss_weights'), 'one').splitlines() if '`one`' in l)
@@ -438,15 +440,15 @@ def uneven(runs, seeds=3, jump=.4):
 
 def test_sensitivity_leaves_out_the_set_on_which_seeds_differ_most(tmp_path):
     found = uneven(tmp_path)
-    np.testing.assert_allclose(report.spread_of_sets(found, 'spans')[['b', 'a']], [1.2, 0], atol=1e-12)      # 1 in one cell, 1.4 in the other
-    text = report.sensitivity(found, 'spans', {'whole': ('none', 'phrases')})
+    np.testing.assert_allclose(tables.spread_of_sets(found, 'spans')[['b', 'a']], [1.2, 0], atol=1e-12)      # 1 in one cell, 1.4 in the other
+    text = tables.sensitivity(found, 'spans', {'whole': ('none', 'phrases')})
     assert 'differ most on `b`, whose references have 2 tokens' in text and 'whole +0.100 [+0.100, +0.100].' in text and text in suite_markdown(found, 'spans').replace('`none`', 'whole')
     assert verdict(paired(found, 'spans', 'none', 'phrases')) == OPEN         # the rule still goes by all sets
 
 def test_sensitivity_of_one_seed_or_an_unknown_pair_is_empty(tmp_path):
     found = uneven(tmp_path, seeds=1)
-    assert report.spread_of_sets(found, 'spans').empty and report.sensitivity(found, 'spans', {'whole': ('none', 'phrases')}) == ''
-    assert report.sensitivity(uneven(tmp_path), 'spans', {'x': ('unknown', 'phrases')}) == ''
+    assert tables.spread_of_sets(found, 'spans').empty and tables.sensitivity(found, 'spans', {'whole': ('none', 'phrases')}) == ''
+    assert tables.sensitivity(uneven(tmp_path), 'spans', {'x': ('unknown', 'phrases')}) == ''
 
 def test_answers_say_how_much_one_set_decides(results):
     assert 'Without it, NLL is better by: (1, 0) -0.300 [-0.300, -0.300]; (1, 0.5) +0.200 [+0.200, +0.200].' in weights_answer(results)
@@ -645,6 +647,6 @@ def test_report_notebook_has_its_parameter():
     assert len(tagged) == 1 and tagged[0].source.startswith('runs_dir = ')
 
 def test_report_has_a_section_for_every_suite():
-    from mgsr_nb.ablation import SUITES as known
+    from mgsr_nb.study.suites import SUITES as known
     source = '\n'.join(c.source for c in nbformat.read(ROOT/'nbs'/'report.ipynb', as_version=4).cells)
     assert re.findall(r'^show\("(\w+)"\)$', source, re.M) and set(re.findall(r'^show\("(\w+)"\)$', source, re.M)) == set(known)

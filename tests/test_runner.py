@@ -1,15 +1,23 @@
 """The ablation runner with real processes, real kernels and papermill, on a toy training notebook that takes a moment and writes down that it ran."""
 import json, signal, subprocess, sys, time
 import nbformat, pytest
-from mgsr_nb.ablation import SUITES, After, Suite
-from mgsr_nb.config import METHODS, PRESETS, ConfigError, finished, open_run, resolve, write_json
-from mgsr_nb.runner import Processes, ablate, jobs_of, lock_of, locked, plan, slots_of, state, threads_of, time_left
+from mgsr_nb.study.suites import SUITES, After, Suite
+from mgsr_nb.presets import METHODS, PRESETS
+from mgsr_nb.config import ConfigError, resolve
+from mgsr_nb.files import write_json
+from mgsr_nb.run.folder import finished, open_run
+from mgsr_nb.study.jobs import jobs_of, lock_of, locked, state
+from mgsr_nb.study.progress import plan, time_left
+from mgsr_nb.study.engines import Processes
+from mgsr_nb.study.runner import ablate, slots_of, threads_of
 
 CELLS = list(SUITES['loss_weights'].cells)
 TRAIN = """
 import os, time, json
 from pathlib import Path
-from mgsr_nb.config import finished, from_notebook, open_run, write_json
+from mgsr_nb.config import from_notebook
+from mgsr_nb.files import write_json
+from mgsr_nb.run.folder import finished, open_run
 config = from_notebook(In, globals())
 folder = open_run(config)
 if not finished(folder):
@@ -34,7 +42,7 @@ def project(tmp_path, monkeypatch):
 
 def ran(project): return [line.split()[0] for line in (project/'ran.txt').read_text().splitlines()] if (project/'ran.txt').exists() else []
 def folder(project, cell): return project/'runs'/'loss_weights+quickstart'/cell/'seed0'
-def command(*args): return [sys.executable, '-c', 'from mgsr_nb.runner import main; main()', 'loss_weights', '--preset', 'quickstart', '-p', 'max_steps', '3', *args]
+def command(*args): return [sys.executable, '-c', 'from mgsr_nb.study.runner import main; main()', 'loss_weights', '--preset', 'quickstart', '-p', 'max_steps', '3', *args]
 def hold(project, cell):
     "From now on this cell sleeps until it is killed; None: no cell does."
     (project/'hold').unlink(missing_ok=True)

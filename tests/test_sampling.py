@@ -5,7 +5,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from tiny_models import EOS, KINDS, PAD, tiny_model
 from mgsr_nb import sampling as S
-from mgsr_nb.data import Encoded, Example, collate, supervised
+from mgsr_nb.data import Example
+from mgsr_nb.tokens import Encoded, collate, supervised
 from mgsr_nb.models import add_lora, base_model, decoder, hidden_states
 from mgsr_nb.sampling import Fixed, Mixed, OnPolicy, Reading, draw_tokens, evaluating, few_rows, generate, generator_for, noise, sampler
 

@@ -4,12 +4,11 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from tiny_models import EOS, KINDS, PAD, tiny_model
 from mgsr_nb.config import RunConfig
-from mgsr_nb.data import collate, supervised
+from mgsr_nb.tokens import collate, supervised
 from mgsr_nb.divergences import forward_kl, reverse_kl
 from mgsr_nb.models import hidden_states
 from mgsr_nb.sampling import OnPolicy, Reading, generator_for, sampler
-from mgsr_nb.scrg import (DIRECTIONS, SCRG, AnyDifference, FirstAbove, MaxKL, Revision, Scorer, Scores, correction_html, corrected_prefix,
-                          error_position)
+from mgsr_nb.scrg import DIRECTIONS, SCRG, AnyDifference, FirstAbove, MaxKL, Revision, Scorer, Scores, correction_html, corrected_prefix, error_position
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 V, NEW = 60, 10

@@ -6,12 +6,23 @@ from typing import get_args
 import pytest, torch
 from tiny_models import KINDS, tiny_model
 from tiny_runs import UNEQUAL, Interrupted, interrupt_at, many_stops, moved, numbers, plain, state, tiny_parameters, tokenizer_of
-from mgsr_nb import sampling as S, training as T
-from mgsr_nb.config import ConfigError, RunConfig, finished, open_run, resolve
-from mgsr_nb.data import batch_indices
+from mgsr_nb import run as R, sampling as S
+import mgsr_nb.run.artefacts
+import mgsr_nb.run.engine
+import mgsr_nb.run.results
+import mgsr_nb.run.setup
+import mgsr_nb.run.step
+import mgsr_nb.run.trainer
+from mgsr_nb.config import ConfigError, RunConfig, resolve
+from mgsr_nb.run.folder import finished, open_run
+from mgsr_nb.tokens import batch_indices
 from mgsr_nb.models import base_model, load_model, load_tokenizer, save_model
 from mgsr_nb.objective import NLL
-from mgsr_nb.training import Trainer, TrainingError, metrics_table, prepare, run, schedule_factor
+from mgsr_nb.run.step import schedule_factor
+from mgsr_nb.run.engine import TrainingError
+from mgsr_nb.run.setup import prepare
+from mgsr_nb.run.trainer import Trainer
+from mgsr_nb.run.results import metrics_table, run
 
 TERMS = ("sft", "dac", "span", "kd", "pg")
 KIND = "gpt2"       # of `config`, where none is given
@@ -73,7 +84,7 @@ def test_the_saved_student_is_the_one_that_was_evaluated(config, tmp_path):
     nll = run(c, cpu=True)["student"]["validation"]["nll"]
     setup = prepare(c, cpu=True)
     setup.student = load_model(str(tmp_path/"runs/x/student"))
-    assert T.scores(setup, setup.student)["validation"]["nll"] == pytest.approx(nll, abs=1e-6)
+    assert R.results.scores(setup, setup.student)["validation"]["nll"] == pytest.approx(nll, abs=1e-6)
 
 def test_the_student_is_not_written_when_it_is_not_asked_for(config, tmp_path):
     run(config("llama", run_name="x", save_student=False), cpu=True)
@@ -84,13 +95,13 @@ def test_the_student_is_not_written_when_it_is_not_asked_for(config, tmp_path):
 def test_a_finished_run_is_not_repeated(config, monkeypatch):
     c = config("llama", run_name="x")
     metrics = run(c, cpu=True)
-    monkeypatch.setattr(T, "prepare", lambda *a, **k: pytest.fail("loaded models again"))
+    monkeypatch.setattr(R.results, "prepare", lambda *a, **k: pytest.fail("loaded models again"))
     assert run(c, cpu=True) == metrics
 
 def test_other_parameters_do_not_take_its_folder(config, monkeypatch, tmp_path):
     run(config("llama", run_name="x"), cpu=True)
     before = (tmp_path/"runs/x/metrics.json").read_bytes()
-    monkeypatch.setattr(T, "prepare", lambda *a, **k: pytest.fail("loaded models"))
+    monkeypatch.setattr(R.results, "prepare", lambda *a, **k: pytest.fail("loaded models"))
     with pytest.raises(ConfigError, match="^run_name: .*other parameters"): run(config("llama", run_name="x", dac_weight=0.5), cpu=True)
     assert (tmp_path/"runs/x/metrics.json").read_bytes() == before
 
@@ -103,10 +114,10 @@ def test_overwrite_replaces_it(config):
 def test_the_tuned_teacher_and_the_scores_of_what_does_not_train_are_made_once(config, monkeypatch, tmp_path):
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"own cache"))
     tuned, evaluated, measured = [], [], []
-    fine_tune, evaluate, block_influence = T.fine_tune, T.evaluate, T.block_influence
-    monkeypatch.setattr(T, "block_influence", lambda *a: measured.append(1) or block_influence(*a))
-    monkeypatch.setattr(T, "fine_tune", lambda *a, **k: tuned.append(1) or fine_tune(*a, **k))
-    monkeypatch.setattr(T, "evaluate", lambda *a, **k: evaluated.append(1) or evaluate(*a, **k))
+    fine_tune, evaluate, block_influence = R.artefacts.fine_tune, R.results.evaluate, R.artefacts.block_influence
+    monkeypatch.setattr(R.artefacts, "block_influence", lambda *a: measured.append(1) or block_influence(*a))
+    monkeypatch.setattr(R.artefacts, "fine_tune", lambda *a, **k: tuned.append(1) or fine_tune(*a, **k))
+    monkeypatch.setattr(R.results, "evaluate", lambda *a, **k: evaluated.append(1) or evaluate(*a, **k))
     first = run(config("llama"), cpu=True)
     assert (len(tuned), len(evaluated)) == (1, 3)                    # start, teacher, end
     second = run(config("llama", seed=1), cpu=True)
@@ -127,8 +138,8 @@ def test_the_teacher_is_fine_tuned_and_its_student_is_cut_from_it(config):
 
 @pytest.mark.pitfall(36)
 def test_pitfall_36_a_batch_that_some_process_gets_nothing_of_is_refused(config, monkeypatch):
-    monkeypatch.setattr(T, "load_tokenizer", lambda *a: pytest.fail("went on"))
-    monkeypatch.setattr(T, "Accelerator", lambda **k: SimpleNamespace(num_processes=5))
+    monkeypatch.setattr(R.setup, "load_tokenizer", lambda *a: pytest.fail("went on"))
+    monkeypatch.setattr(R.engine, "Accelerator", lambda **k: SimpleNamespace(num_processes=5))
     with pytest.raises(ConfigError, match="^batch_size: 4 sequences cannot be shared by 5 processes; allowed: "): prepare(config(), cpu=True)
 
 def test_a_student_with_another_tokenizer_is_refused(config, local_models):
@@ -217,16 +228,16 @@ def test_lora_moves_adapters_only_and_is_saved_merged(config, kind, tmp_path):
     setup = prepare(c, cpu=True)
     t = Trainer(setup, open_run(c))
     before = state(setup.student)
-    start, teacher = T.scores(setup, setup.student), T.scores(setup, setup.teacher)
-    assert start["validation"] == T.scores(replace(setup, student=base_model(setup.student)), setup.student)["validation"]
+    start, teacher = R.results.scores(setup, setup.student), R.results.scores(setup, setup.teacher)
+    assert start["validation"] == R.results.scores(replace(setup, student=base_model(setup.student)), setup.student)["validation"]
     setup.student.train()
     log = t.fit()
     assert moved(before, setup.student) == {n for n, _ in setup.student.named_parameters() if ".lora_" in n} != set()
-    end = T.scores(setup, setup.student)
-    T.write_results(setup, t.folder, start, teacher, end, log, {})
+    end = R.results.scores(setup, setup.student)
+    R.results.write_results(setup, t.folder, start, teacher, end, log, {})
     merged = load_model(str(t.folder/"student"))
     assert not any("lora" in n for n in merged.state_dict()) and type(merged) is type(base_model(setup.student))
-    again = T.scores(replace(setup, student=merged), merged)
+    again = R.results.scores(replace(setup, student=merged), merged)
     assert again["validation"]["nll"] == pytest.approx(end["validation"]["nll"], abs=1e-5) and end["validation"]["nll"] != start["validation"]["nll"]
 
 # --- which text goes where
@@ -254,13 +265,13 @@ def test_pitfall_28_other_samples_change_the_distillation_terms_and_not_the_nll(
 
 @every_kind
 def test_what_is_distilled_on_is_the_revision_of_the_students_text(trainer, monkeypatch, kind):
-    t, seen, micro_batches = trainer(kind, max_new_tokens=8), [], T.micro_batches
+    t, seen, micro_batches = trainer(kind, max_new_tokens=8), [], R.step.micro_batches
     examples, text, notes = t.draw(0)
     written, origin = t.source(0, examples, range(4))
     revision = t.revise(0, written, range(4))
     assert origin == "student" and text.pairs == revision.pairs != written and notes["scrg_corrected"] > 0 and revision.summary().items() <= notes.items()
     assert trainer(kind, scrg=False, max_new_tokens=8).draw(0)[1].pairs == written
-    monkeypatch.setattr(T, "micro_batches", lambda examples, distilled, *a: seen.append(distilled) or micro_batches(examples, distilled, *a))
+    monkeypatch.setattr(R.trainer, "micro_batches", lambda examples, distilled, *a: seen.append(distilled) or micro_batches(examples, distilled, *a))
     t.step()
     assert [found.pairs for found in seen] == [text.pairs] and torch.equal(seen[0].teacher_hidden, text.teacher_hidden)
 
@@ -428,7 +439,7 @@ def test_the_ground_truth_that_is_also_distilled_goes_through_the_student_once(t
     assert len(calls) == 1
 
 def test_without_a_span_weight_no_phrase_is_looked_for(trainer, monkeypatch):
-    monkeypatch.setattr(T, "SpanFinder", never("the parser"))
+    monkeypatch.setattr(R.trainer, "SpanFinder", never("the parser"))
     assert "span" not in trainer("llama", span_weight=0.0).step()
 
 def test_without_scrg_the_teacher_does_not_read_the_samples_before_the_update(trainer):
@@ -509,19 +520,19 @@ def test_the_tuned_teacher_is_a_function_of_its_key(config, tmp_path, monkeypatc
 @pytest.mark.parametrize("wrong", ["layers", "tokenizer"])
 def test_what_can_be_refused_is_refused_before_the_teacher_is_tuned(config, tmp_path, monkeypatch, local_models, wrong):
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"empty"))
-    monkeypatch.setattr(T, "fine_tune", lambda *a, **k: pytest.fail("fine-tuned the teacher first"))
+    monkeypatch.setattr(R.artefacts, "fine_tune", lambda *a, **k: pytest.fail("fine-tuned the teacher first"))
     more = dict(student_layers=99) if wrong == "layers" else dict(student=local_models["llama"][1])
     with pytest.raises(ConfigError): prepare(config("gpt2", **more), cpu=True)
 
 def test_scores_from_the_cache_are_those_of_these_references(config, tmp_path, monkeypatch):
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"own"))
     c = config("llama")
-    first = T.scores(s := prepare(c, cpu=True), s.student, s.keys["student_start"])
-    load = T.load_eval_set
+    first = R.results.scores(s := prepare(c, cpu=True), s.student, s.keys["student_start"])
+    load = R.setup.load_eval_set
     answer = {r["id"]: r["prediction"] for r in first["answers"]}
-    monkeypatch.setattr(T, "load_eval_set", lambda *a: [replace(e, references=(e.references[0], answer.get(e.id) or "x")) for e in load(*a)])
+    monkeypatch.setattr(R.setup, "load_eval_set", lambda *a: [replace(e, references=(e.references[0], answer.get(e.id) or "x")) for e in load(*a)])
     s = prepare(c, cpu=True)
-    assert T.scores(s, s.student, s.keys["student_start"])["average"]["rouge_l"] == T.scores(s, s.student)["average"]["rouge_l"]
+    assert R.results.scores(s, s.student, s.keys["student_start"])["average"]["rouge_l"] == R.results.scores(s, s.student)["average"]["rouge_l"]
 
 def test_the_teachers_cached_scores_are_those_over_the_shared_classes(config, tmp_path, monkeypatch, local_models):
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"own"))
@@ -529,7 +540,7 @@ def test_the_teachers_cached_scores_are_those_over_the_shared_classes(config, tm
     save_model(tiny_model("llama", 3, vocab=len(tokenizer) + 4, seed=2), tokenizer, tmp_path/"wide")
     for student in ("truncate", local_models["llama"][1]):
         s = prepare(resolve(tiny_parameters(tmp_path/"runs", tmp_path/"wide", student=student, teacher_sft_steps=0)), cpu=True)
-        cached, fresh = T.scores(s, s.teacher, s.keys["teacher"]), T.scores(s, s.teacher)
+        cached, fresh = R.results.scores(s, s.teacher, s.keys["teacher"]), R.results.scores(s, s.teacher)
         assert cached["validation"]["nll"] == pytest.approx(fresh["validation"]["nll"], rel=1e-6), s.vocab
 
 def test_a_padded_teacher_goes_through_the_pipeline(config, tmp_path, monkeypatch):
@@ -576,8 +587,8 @@ def test_the_last_validation_is_the_result_unless_other_weights_are(config, sele
     t = Trainer(prepare(config(max_steps=2, select=select, eval_every=1), cpu=True))
     t.fit()
     assert (t.checked is None) == (select == "nll")
-    known = T.scores(t.setup, t.setup.student, validation=t.checked)["validation"]
-    assert known == T.scores(t.setup, t.setup.student)["validation"]
+    known = R.results.scores(t.setup, t.setup.student, validation=t.checked)["validation"]
+    assert known == R.results.scores(t.setup, t.setup.student)["validation"]
 
 @pytest.mark.parametrize("ends", [True, False], ids=["whole", "interrupted"])
 def test_a_tracker_hears_every_row_of_the_log(config, monkeypatch, ends):
@@ -589,8 +600,8 @@ def test_a_tracker_hears_every_row_of_the_log(config, monkeypatch, ends):
         def store_init_configuration(self, values): heard.append(values)
         def log(self, values, step): heard.append((step, values))
         def finish(self): heard.append("finish")
-    monkeypatch.setitem(T.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
-    monkeypatch.setattr(T.accelerate.utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(R.engine.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
+    monkeypatch.setattr(R.setup.accelerate.utils, "is_tensorboard_available", lambda: True)
     c = config(tracker="tensorboard", max_steps=3)
     t = Trainer(prepare(c, cpu=True), open_run(c))
     with contextlib.nullcontext() if ends else pytest.raises(Interrupted): t.fit(*[] if ends else [interrupt_at(2)])
@@ -601,9 +612,9 @@ def test_a_tracker_hears_every_row_of_the_log(config, monkeypatch, ends):
 
 @pytest.mark.parametrize("missing", [dict(tracker="wandb"), dict(compile_student=True)], ids=lambda m: next(iter(m)))
 def test_a_missing_tool_is_said_before_a_model_loads(config, monkeypatch, missing):
-    monkeypatch.setattr(T.accelerate.utils, "is_wandb_available", lambda: False)
-    monkeypatch.setattr(T.shutil, "which", lambda name: None)
-    monkeypatch.setattr(T, "load_model", lambda *a: pytest.fail("loaded a model"))
+    monkeypatch.setattr(R.setup.accelerate.utils, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(R.setup.shutil, "which", lambda name: None)
+    monkeypatch.setattr(R.artefacts, "load_model", lambda *a: pytest.fail("loaded a model"))
     with pytest.raises(ConfigError, match=f"^{next(iter(missing))}: .*allowed: "): prepare(config(**missing), cpu=True)
 
 def test_a_tracker_changes_neither_the_run_nor_its_name():

@@ -5,14 +5,25 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from tiny_models import KINDS
 from tiny_runs import LOADED, UNEQUAL, Interrupted, interrupt_at, many_stops, moved, numbers, plain, state
-from mgsr_nb import sampling as S, training as T
-from mgsr_nb.config import METHODS, open_run, resolve
-from mgsr_nb.data import labels, supervised
+from mgsr_nb import run as R, sampling as S
+import mgsr_nb.run.artefacts
+import mgsr_nb.run.engine
+import mgsr_nb.run.results
+import mgsr_nb.run.setup
+import mgsr_nb.run.step
+import mgsr_nb.run.trainer
+from mgsr_nb.presets import METHODS
+from mgsr_nb.config import resolve
+from mgsr_nb.run.folder import open_run
+from mgsr_nb.tokens import labels, supervised
 from mgsr_nb.minillm import PolicyGradient, make_policy
 from mgsr_nb.models import head, hidden_states, load_model
 from mgsr_nb.objective import whole_rows
 from mgsr_nb.span import pair_weights
-from mgsr_nb.training import Trainer, by_length, micro_batches, prepare, run
+from mgsr_nb.run.step import by_length, micro_batches
+from mgsr_nb.run.setup import prepare
+from mgsr_nb.run.trainer import Trainer
+from mgsr_nb.run.results import run
 
 TERMS = ("sft", "dac", "span", "kd", "pg")
 # --- two steps of everything
@@ -95,7 +106,7 @@ def test_pitfall_27_two_steps_move_exactly_what_they_should_and_report_finite_nu
     assert trains - key_biases(t) == should_move(t) and trains == {n for n, p in t.distiller.named_parameters() if p.requires_grad}
     if c.mask_temperature == 0 and c.clip == "learned" and c.dac_weight: assert "sub_network" in str(list(state(t.distiller))) and "sub_network" not in str(trains)
     if parameters.keys() & {"method", *LOADED}:
-        end = T.scores(t.setup, t.setup.student)
+        end = R.results.scores(t.setup, t.setup.student)
         assert len(numbers(end)) > 20 and all(math.isfinite(n) for n in numbers(end)) and ("excess_error" in end["test"]["tiny"]) is (c.eval_exposure and c.eval_temperature == 1)
     kept = {p.dtype for p in t.setup.teacher.parameters()} | {p.dtype for p in t.setup.student.parameters() if not p.requires_grad}
     frozen = c.precision if c.frozen_precision == "auto" else c.frozen_precision
@@ -126,10 +137,10 @@ def test_the_seconds_of_a_step_are_those_of_its_parts(trainer, monkeypatch, more
     assert found["update"] + found.get("generation", 0) < row["seconds"]       # these two do not overlap
     assert again["seconds"] < 2 * row["seconds"]                               # each step begins at 0
     monkeypatch.undo()
-    assert not t.setup.teacher._forward_hooks and not T.decoder(t.setup.teacher)._forward_hooks and not T.decoder(t.setup.teacher)._forward_pre_hooks
+    assert not t.setup.teacher._forward_hooks and not R.step.decoder(t.setup.teacher)._forward_hooks and not R.step.decoder(t.setup.teacher)._forward_pre_hooks
 
 def test_parts_of_a_clock_add_up_and_may_lie_in_each_other(monkeypatch):
-    clock, ticks, layer = T.Clock(torch.device("cpu")), iter(range(100)), torch.nn.Linear(1, 1)
+    clock, ticks, layer = R.engine.Clock(torch.device("cpu")), iter(range(100)), torch.nn.Linear(1, 1)
     monkeypatch.setattr(clock, "now", lambda: float(next(ticks)))
     with clock.part("all"), clock.watching("layer", layer):       # all begins at 0
         with clock.part("part"): layer(torch.zeros(1))            # 1 (2 3) 4
@@ -165,7 +176,7 @@ def test_where_nothing_is_corrected_nothing_is_gained(trainer):
 def test_the_teacher_does_not_read_a_text_again_for_the_update(trainer, more, reads):
     "It reads what the student wrote, and each revision of it; the update gets its hidden states."
     t, calls = trainer(sft_weight=0.0, **more), []
-    T.decoder(t.setup.teacher).register_forward_pre_hook(lambda *a: calls.append(1))
+    R.step.decoder(t.setup.teacher).register_forward_pre_hook(lambda *a: calls.append(1))
     examples, text, _ = t.draw(0)
     assert len(calls) == reads
     t.update(examples, text)
@@ -302,7 +313,7 @@ def test_the_teacher_helps_to_write_with_its_share_and_only_in_training(trainer,
     t = trainer(method="minillm", teacher_mix=0.3)
     t.draw(0)
     assert shares == [[0.3]]
-    T.scores(t.setup, t.setup.student)
+    R.results.scores(t.setup, t.setup.student)
     assert shares[1:] and all(s == [0.0] for s in shares[1:])
     assert trainer(method="minillm", teacher_mix=0.9, max_new_tokens=16).draw(0)[1].pairs != trainer(method="minillm", teacher_mix=0.0, max_new_tokens=16).draw(0)[1].pairs
 
@@ -348,7 +359,7 @@ def test_the_last_weights_are_the_result_unless_others_are_asked_for(config):
 @pytest.mark.parametrize("metric", METRICS)
 def test_what_is_reported_is_measured_on_the_kept_weights(config, metric, tmp_path, monkeypatch):
     "A whole run, with real validations of which the last one is not the best."
-    if metric == "rouge_l": monkeypatch.setattr(T, "score_answers", lambda texts, examples: {"rouge_l": float(sum(map(ord, "".join(texts))) % 97)})      # random models score 0
+    if metric == "rouge_l": monkeypatch.setattr(R.trainer, "score_answers", lambda texts, examples: {"rouge_l": float(sum(map(ord, "".join(texts))) % 97)})      # random models score 0
     c = config(select=metric, run_name="x", **{**KEEP, **(dict(method="kd", sft_weight=0.0, learning_rate=0.03) if metric == "nll" else dict(learning_rate=0.1))})
     kept, keep_best = {}, Trainer.keep_best
     def copied(self, row):
@@ -361,7 +372,7 @@ def test_what_is_reported_is_measured_on_the_kept_weights(config, metric, tmp_pa
     saved = load_model(str(tmp_path/"runs/x/student"))
     assert same({n: p for n, p in trained(saved).items()}, kept[best][1]) and not (tmp_path/"runs/x/best").exists()
     if metric != "rouge_l": assert metrics["student"]["validation"][metric] == pytest.approx(kept[best][0], rel=1e-6)
-    assert metrics["student"]["validation"]["nll"] == pytest.approx(T.held_out(saved, None, prepare(c, cpu=True).validation, 0, 10**6)["nll"], rel=1e-5)
+    assert metrics["student"]["validation"]["nll"] == pytest.approx(R.setup.held_out(saved, None, prepare(c, cpu=True).validation, 0, 10**6)["nll"], rel=1e-5)
 
 @pytest.mark.pitfall(32)
 @pytest.mark.parametrize("metric,stop,method", [("nll", 4, "sft"), ("nll", 5, "mgsr"), ("kl", 5, "sft"), ("rouge_l", 5, "sft")])
@@ -385,7 +396,7 @@ def test_to_train_again_what_is_trained_does_nothing(config):
     c = config(select="nll", run_name="x", **KEEP)
     t = scripted(Trainer(prepare(c, cpu=True), open_run(c)))
     log, weights = list(t.fit()), trained(t.setup.student)
-    T.write_results(t.setup, t.folder, *[{"answers": []}] * 3, log, {})
+    R.results.write_results(t.setup, t.folder, *[{"answers": []}] * 3, log, {})
     assert t.fit() == log and same(trained(t.setup.student), weights)
 
 def test_old_files_of_the_best_go_and_those_that_a_checkpoint_needs_stay(config):
@@ -402,7 +413,7 @@ def test_old_files_of_the_best_go_and_those_that_a_checkpoint_needs_stay(config)
         again.accelerator.load_state(str(t.folder/"checkpoints"/f"step-{step:06d}"))
         assert again.progress.best == (step, -step)
         again.restore_best()
-    T.write_results(t.setup, t.folder, *[{"answers": []}] * 3, t.progress.log, {})
+    R.results.write_results(t.setup, t.folder, *[{"answers": []}] * 3, t.progress.log, {})
     assert not (t.folder/"best").exists() and not (t.folder/"checkpoints").exists()
 
 def test_without_checkpoints_only_the_newest_best_stays(config):
@@ -422,8 +433,8 @@ def test_overwrite_takes_the_best_of_the_old_run_away(config):
 
 def test_a_students_start_is_tuned_once_and_is_the_start_of_all_methods(config, monkeypatch, tmp_path):
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"own cache"))
-    tuned, fine_tune = [], T.fine_tune
-    monkeypatch.setattr(T, "fine_tune", lambda *a, **k: tuned.append(a[2]) or fine_tune(*a, **k))
+    tuned, fine_tune = [], R.artefacts.fine_tune
+    monkeypatch.setattr(R.artefacts, "fine_tune", lambda *a, **k: tuned.append(a[2]) or fine_tune(*a, **k))
     start = lambda **more: prepare(config(**{"student_sft_steps": 3, **more}), cpu=True)
     first = start()
     assert tuned == [1, 3]                                       # the teacher, then its student
@@ -456,14 +467,14 @@ def test_scores_of_a_start_are_those_of_its_precision(config, monkeypatch, tmp_p
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"own cache"))
     for rank in (0, 2):
         s = prepare(config(lora_rank=rank, frozen_precision="bfloat16", teacher_sft_steps=0), cpu=True)
-        assert T.scores(s, s.student, s.keys["student_start"])["validation"] == T.scores(s, s.student)["validation"]
+        assert R.results.scores(s, s.student, s.keys["student_start"])["validation"] == R.results.scores(s, s.student)["validation"]
 
 def test_teacher_text_is_that_of_its_precision(config, monkeypatch, tmp_path):
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"own cache"))
     for made, precision in enumerate(("float32", "bfloat16"), 1):
         c = config(responses="teacher", frozen_precision=precision, teacher_sft_steps=0, max_new_tokens=16)
         s, fresh = prepare(c, cpu=True), prepare(with_truth(c), cpu=True)
-        sample, i = fresh.sampler(fresh.teacher), T.batch_indices(len(s.train), c.batch_size, 0, c.seed)
+        sample, i = fresh.sampler(fresh.teacher), R.setup.batch_indices(len(s.train), c.batch_size, 0, c.seed)
         assert len(list((tmp_path/"own cache/teacher_text").glob("*/responses.json"))) == made
         assert [s.train[b].response_ids for b in i] == sample([s.train[b].prompt_ids for b in i], [("teacher", b) for b in i], [c.max_new_tokens] * len(i))
 

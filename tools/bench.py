@@ -102,7 +102,7 @@ def dense_forward_kl(x):
 def mgsr(x, block_rows=0, **parameters):
     "The whole objective with its default parameters: NLL, DAC-KL with a learned clip, and the span loss. The other cases change one thing each."
     from mgsr_nb.config import resolve
-    from mgsr_nb.training import make_objective
+    from mgsr_nb.run.parts import make_objective
     objective = make_objective(resolve(chunk_tokens=x.o.chunk_tokens, **parameters), x.vocab)
     objective.block_rows = block_rows
     return ours(x, objective)
@@ -161,7 +161,7 @@ class Pair:
     def __init__(self, o, batch, new_tokens):
         import dataclasses
         from mgsr_nb.config import resolve
-        from mgsr_nb.training import prepare
+        from mgsr_nb.run.setup import prepare
         self.o, self.batch, self.new_tokens = o, batch, new_tokens
         self.fixed = dict(teacher=o.teacher, student=o.student, student_layers=o.student_layers, layer_choice='even', teacher_sft_steps=0, precision=o.dtype, eval_sets='tiny',
                           max_prompt_tokens=o.prompt_tokens, max_tokens=o.prompt_tokens + new_tokens, max_new_tokens=new_tokens, batch_size=batch, max_steps=10 ** 6,
@@ -182,7 +182,7 @@ class Pair:
 
     def trainer(self, **parameters):
         from mgsr_nb.config import resolve
-        from mgsr_nb.training import Trainer
+        from mgsr_nb.run.trainer import Trainer
         return Trainer(self.replace(self.setup, config=resolve({**self.fixed, **parameters})))
 
     def tokens(self):

@@ -149,9 +149,9 @@ def api(nbs, lib):
     "Markdown of the index of everything exported, with the first line of each docstring."
     lines = ['---', 'title: API reference', 'description: Everything that the notebooks export, with the first line of its docstring. Each name leads to its signature, shapes and source.', '---', '']
     for notebook in sorted(p for p in nbs.glob('*.ipynb') if NUMBERED.match(p.stem)):
-        module = re.search(r'#\|\s*default_exp (\w+)', notebook.read_text(encoding='utf-8'))
+        module = re.search(r'#\|\s*default_exp ([\w.]+)', notebook.read_text(encoding='utf-8'))
         if not module: continue
-        tree = ast.parse((lib/f'{module[1]}.py').read_text(encoding='utf-8'))
+        tree = ast.parse((lib/f"{module[1].replace('.', '/')}.py").read_text(encoding='utf-8'))
         nodes = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
         lines += [f'## {module[1]}', '', f'[{title_of(notebook)}]({notebook.name})', '', '| name | |', '|---|---|']
         lines += [f'| [`{n.name}`]({notebook.name}#{n.name.lower()}) | {in_table(first_line(n))} |' for n in nodes] + ['']

@@ -17,7 +17,9 @@ def losses(parameters: dict, device: str, precision: str, texts=None):
     "Losses of two steps, and the text that each was distilled on: what was sampled here, or what `texts` prescribes."
     import torch
     from mgsr_nb.config import resolve
-    from mgsr_nb.training import Distilled, Trainer, prepare
+    from mgsr_nb.run.step import Distilled
+    from mgsr_nb.run.setup import prepare
+    from mgsr_nb.run.trainer import Trainer
     torch.backends.cuda.matmul.allow_tf32 = False
     config = resolve({**parameters, "precision": precision, "lora_dropout": 0.0})
     trainer = Trainer(prepare(config, cpu=device == "cpu"))
@@ -38,7 +40,7 @@ def losses(parameters: dict, device: str, precision: str, texts=None):
 
 def compare(parameters: dict, device: str, report) -> bool:
     "One row a method; whether all are within the tolerance."
-    from mgsr_nb.config import METHODS
+    from mgsr_nb.presets import METHODS
     good = True
     precisions = [p for p in TOLERANCE if device != "cpu" or p == "float32"]       # a processor without bfloat16 instructions takes hours for it
     report(f"{'method':18} {'CPU float32':>22} " + " ".join(f"{device + ' ' + p:>22} {'relative':>9}" for p in precisions))
