@@ -3,6 +3,7 @@
 # make test-slow    those: runs that are killed again and again
 # make coverage     the tests again, watched: which lines and branches of the library they and the notebooks reach
 # make test-oldest  a part of the tests with the oldest versions that settings.ini allows, in an environment of its own
+# make sizes        lines, functions, classes and modules over the bounds that the documentation page sets
 # make audit        known vulnerabilities of what is installed; fails, and says so, where no advisory service can be reached
 # A second call skips the installation: the stamp file depends on the files that decide what is installed.
 SHELL := /bin/bash
@@ -30,7 +31,7 @@ NBDEV2 := 'nbdev==2.4.14' 'execnb<0.2' 'fastcore<2' 'ghapi<2'
 # the oldest versions that settings.ini states; with the CUDA build of torch that pip takes on Linux it is 6 GB
 VENV_OLDEST := .venv-oldest
 STAMP_OLDEST := $(VENV_OLDEST)/.installed
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,pinned config data models divergences dac_kl span objective sampling scrg minillm evaluation training checkpoints))
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,pinned config data tokens models divergences dac_kl span objective sampling scrg minillm evaluation training checkpoints))
 
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -38,9 +39,9 @@ test test-slow coverage test-oldest: export HF_HUB_OFFLINE := 1
 test test-slow coverage test-oldest: export TOKENIZERS_PARALLELISM := false
 test test-slow coverage test-oldest: export MPLBACKEND := agg
 
-.PHONY: help install quickstart test test-slow coverage test-oldest audit export readme docs nbdev2-check performance report gpu-check clean
+.PHONY: help install quickstart test test-slow coverage test-oldest audit sizes export readme docs nbdev2-check performance report gpu-check clean
 help:
-	@echo "make quickstart | test | test-slow | coverage | test-oldest | audit | install | export | readme | docs | nbdev2-check | performance | report | gpu-check | clean"
+	@echo "make quickstart | test | test-slow | coverage | test-oldest | audit | sizes | install | export | readme | docs | nbdev2-check | performance | report | gpu-check | clean"
 
 install: $(STAMP)
 $(STAMP): $(INSTALL_FILES)
@@ -84,6 +85,9 @@ test-oldest: $(STAMP_OLDEST)
 
 audit: $(STAMP)
 	$(BIN)/python tools/audit.py
+
+sizes: $(STAMP)
+	$(BIN)/python tools/sizes.py
 
 export: $(STAMP)
 	$(BIN)/nbdev-export
