@@ -172,6 +172,24 @@ def test_pages_render_without_errors_requests_or_overflow(site, pages, chromium,
         problems += [(name, *w) for w in wrong]
     assert not problems
 
+SIDEWAYS = '''(() => {
+    document.querySelectorAll('details').forEach(d => d.open = true);
+    const blocks = [...document.querySelectorAll('main pre.sourceCode')].filter(e => e.checkVisibility());
+    const longest = e => e.textContent.split('\\n').reduce((a, b) => a.length > b.length ? a : b);
+    return {blocks: blocks.length, wide: blocks.filter(e => e.scrollWidth > e.clientWidth).map(e => longest(e).slice(0, 80))} })()'''
+
+def test_code_of_the_chapters_fits_the_page(site, chromium):
+    "At 1280 pixels no block of code scrolls sideways, what is folded included: 100 columns fit."
+    chapters = sorted(p.stem for p in NBS.glob('[0-9][0-9]_*.ipynb'))
+    wide, blocks = [], 0
+    for stem in chapters:
+        chromium.open((site/f'{stem[3:]}.html').as_uri(), width=1280)
+        seen = chromium.js(SIDEWAYS)
+        blocks += seen['blocks']
+        wide += [(stem, line) for line in seen['wide']]
+    assert not wide
+    assert blocks > 10 * len(chapters)
+
 def test_dark_mode_is_followed(site, chromium):
     light, dark = [], []
     for mode, found in ((False, light), (True, dark)):

@@ -9,12 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KATEX = ROOT/'tools'/'katex'
 GROUPS = {'Start here': ['index', 'explorer'],
-          'The chapters': [],                                     # every numbered notebook, in order
+          'The method': [], 'A run': [], 'A study': [],           # the numbered notebooks, see `part`
           'Run it': ['train', 'report', 'troubleshooting'],
           'Look it up': ['equations', 'api']}
-NUMBERED = re.compile(r'(\d\d[a-z]?)_')
+NUMBERED = re.compile(r'(\d\d)_')
 # options of _quarto.yml and of nbdev that smalldocs leaves alone; output-file is read by us
 QUARTO_ONLY = re.compile(r'key format-links|format commonmark|keep-md|output-file')
+QUALIFIED = re.compile(r'\b(?:[a-z_]\w*\.)+(?=[A-Z]\w*)')     # of a class in a signature: where it is defined
 OWN_LINK = re.compile(r'\[`([^`]+)`\]\((/\w+\.html)#([\w.]+)\)')
 # without a server a page may not read search.json: the same index comes as a script
 # and once formulas have their height, the place that was asked for lies elsewhere
@@ -41,9 +42,15 @@ def equations(nbs):
         for symbol in row['symbols']: found.setdefault(symbol, []).extend(row['numbers'])
     return found
 
+def taught(notebook):
+    "Names that the `#| exports` cells of a notebook define: their source is shown."
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    return {name for s in sources if s.startswith('#| exports') for name in re.findall(r'(?m)^(?:def|class) (\w+)', s)}
+
 def processors(nbs):
     "nbdev's processors, with changes: no cell is executed, plumbing (`#| export`) is folded and not removed, equations are linked."
-    from nbdev.processors import FilterDefaults, add_show_docs, exec_show_docs, rm_export
+    from nbdev.processors import FilterDefaults, add_show_docs, exec_show_docs, mv_exports, rm_export
     from nbdev.process import Processor
     numbers = equations(nbs)
 
@@ -57,15 +64,14 @@ def processors(nbs):
             if re.match(r'(#\|.*\n)*show_doc\(', cell.source or ''): super().__call__(cell)
 
     class in_order(Processor):
-        "Documentation of a cell's functions in the order of the cell, which nbdev reverses; where there are several, their common source stays in front."
+        "Documentation of a cell's functions in the order of the cell, which nbdev reverses. What `#| exports` teaches stands behind its names."
         def begin(self):
             cells, start = self.nb.cells, 0
             while start < len(cells):
                 stop = start
                 while stop < len(cells) and getattr(cells[stop], 'has_sd', False): stop += 1
                 cells[start:stop] = reversed(cells[start:stop])
-                if stop - start > 1:
-                    for cell in cells[start:stop]: cell.has_sd = False       # mv_exports then leaves the source alone
+                if stop > start and 'exports' in cells[start - 1].directives_: cells.insert(stop - 1, cells.pop(start - 1))
                 start = stop + 1
 
     def fold_export(cell):
@@ -80,7 +86,9 @@ def processors(nbs):
         return f'`{name}`' if place.startswith('_') else f"[`{name}`]({page}#{place.split('.')[0]})"
 
     class tidy_docs(Processor):
-        "Under the heading of a function that is an equation: a link to the table. No link to a source on a host that is not known."
+        """Under the heading of a function that is an equation: a link to the table. No link to a source on a host that is not known.
+        A function whose source stands open below keeps its heading only: the source has its signature and its docstring."""
+        def begin(self): self.taught = taught(Path(nbs)/Path(self.nb.path_).name)
         def cell(self, cell):
             if cell.cell_type == 'markdown': cell.source = OWN_LINK.sub(documented, cell.source)
             name = re.search(r'^show_doc\((\w+)\)', cell.source or '', re.M)
@@ -88,6 +96,8 @@ def processors(nbs):
             links = ', '.join(f'[Eq. {n}](equations.ipynb#eq-{n})' for n in eqs)
             for data in (out.get('data', {}) for out in cell.get('outputs', []) if name):
                 text = re.sub(r'(?m)^\[source\]\(/.*\n+', '', ''.join(data.get('text/markdown', '')))
+                if name[1] in self.taught and (heading := re.search(r'(?m)^#+ .*$', text)): text = heading[0] + '\n'
+                text = re.sub(r'(?s)```python.*?```', lambda block: QUALIFIED.sub('', block[0]), text)
                 if eqs: text = re.sub(r'(?m)^(#+ .*)$', rf'\1\n\nPaper: {links}', text, count=1)
                 if text: data['text/markdown'] = OWN_LINK.sub(documented, text)
 
@@ -106,7 +116,7 @@ def processors(nbs):
 
     class Chapters(FilterDefaults):
         def base_procs(self):
-            ours = {add_show_docs: [add_show_docs, in_order], rm_export: [fold_export], exec_show_docs: [show_library]}
+            ours = {add_show_docs: [add_show_docs, in_order], mv_exports: [], rm_export: [fold_export], exec_show_docs: [show_library]}
             return [q for p in super().base_procs() for q in ours.get(p, [p])] + [tidy_docs, still, in_words]
     return Chapters
 
@@ -124,11 +134,16 @@ def title_of(notebook):
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
     return next((m[1] for c in cells if c['cell_type'] == 'markdown' for m in [re.search(r'^# (.+)$', ''.join(c['source']), re.M)] if m), notebook.stem)
 
+def part(name):
+    "The part of the book that a numbered notebook belongs to."
+    number = int(name[:2])
+    return 'The method' if number < 20 else 'A run' if number < 40 else 'A study'
+
 def sidebar(nbs):
     "The notebooks in reading order, as `website.sidebar.contents`."
     names = sorted(p.stem for p in nbs.glob('*.ipynb'))
     groups = {title: list(stems) for title, stems in GROUPS.items()}
-    groups['The chapters'] = [n for n in names if NUMBERED.match(n)]
+    for name in filter(NUMBERED.match, names): groups[part(name)].append(name)
     listed = {n for stems in groups.values() for n in stems}
     groups['Look it up'] += [n for n in names if n not in listed]
     def entry(stem):
@@ -197,7 +212,8 @@ def finish(out):
     (out/'.nojekyll').touch()
     for page in out.glob('*.html'):
         text = page.read_text(encoding='utf-8')
-        joined = re.sub(r'(<span class="math inline">[^<]*</span>)(?=[.,;:)])', '\\1\u2060', text)     # no line begins with the full stop behind a formula
+        # no line begins with the full stop behind a formula
+        joined = re.sub(r'(<span class="math inline">[^<]*</span>[.,;:)]+)', r'<span class="nobr">\1</span>', text)
         if joined != text: page.write_text(joined, encoding='utf-8')
     for css in (out/'site_libs').rglob('*.css'):
         text = css.read_text(encoding='utf-8')
