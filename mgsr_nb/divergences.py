@@ -23,29 +23,33 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 # %% ../nbs/06_divergences.ipynb #26250f79
 def log_probs(logits: Tensor   # (..., V), any float type; -inf marks a token that cannot occur
-             ) -> Tensor:      # (..., V) log-probabilities in nats, all finite, float32 or float64
-    "Log-softmax over the last dimension, upcast to at least float32, safe for masked (`-inf`) tokens."
+             ) -> Tensor:  # (..., V) log-probabilities in nats, all finite, float32 or float64
+    """Log-softmax over the last dimension, upcast to at least float32, safe for masked (`-inf`)
+    tokens."""
     return torch.log_softmax(at_least_float32(logits).clamp_min(LOGIT_FLOOR), dim=-1)
 
 # %% ../nbs/06_divergences.ipynb #1abffe1d
 DIVERGENCES = {}   # name -> function of (student_logits, teacher_logits, **options)
 
 def divergence(fn):
-    """Turn `fn(log_q, log_p, **options)` into `fn(student_logits, teacher_logits, **options)` and register its name.
+    """Turn `fn(log_q, log_p, **options)` into `fn(student_logits, teacher_logits, **options)` and
+    register its name.
 
-    The result takes (..., V) logits and returns (...) nats. The teacher is detached. `ValueError` if the two shapes differ.
-    The original is kept as `.from_log_probs`; it detaches nothing.
-    """
+    The result takes (..., V) logits and returns (...) nats. The teacher is detached. `ValueError`
+    if the two shapes differ. The original is kept as `.from_log_probs`; it detaches nothing."""
     @functools.wraps(fn)
     def on_logits(student_logits, teacher_logits, **options):
         if student_logits.shape != teacher_logits.shape:
-            raise ValueError(f"{fn.__name__}: student logits {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)}; "
+            raise ValueError(f"{fn.__name__}: student logits {tuple(student_logits.shape)}, "
+                f"teacher logits {tuple(teacher_logits.shape)}; "
                              "the shapes must be equal")
         return fn(log_probs(student_logits), log_probs(teacher_logits).detach(), **options)
     options = list(inspect.signature(fn).parameters.values())[2:]
-    names = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor) for n in ('student_logits', 'teacher_logits')]
+    names = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor)
+        for n in ('student_logits', 'teacher_logits')]
     keywords = [o.replace(kind=inspect.Parameter.KEYWORD_ONLY) for o in options]
-    on_logits.__signature__ = inspect.Signature(names + keywords, return_annotation=Tensor)   # what help() and the pages show
+    # what help() and the pages show
+    on_logits.__signature__ = inspect.Signature(names + keywords, return_annotation=Tensor)
     on_logits.from_log_probs = fn
     DIVERGENCES[fn.__name__] = on_logits
     return on_logits
@@ -78,7 +82,8 @@ def log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
 # %% ../nbs/06_divergences.ipynb #e3b64cea
 @divergence
 def jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Tensor:
-    "beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, 0 < beta < 1: (..., V), (..., V) -> (...) nats."
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, 0 < beta < 1: (...,
+    V), (..., V) -> (...) nats."""
     log_m = log_mixture(log_p, log_q, beta)
     to_p, to_q = (log_p.exp() * (log_p - log_m)).sum(-1), (log_q.exp() * (log_q - log_m)).sum(-1)
     return beta * to_p + (1 - beta) * to_q
@@ -86,7 +91,8 @@ def jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Tensor:
 # %% ../nbs/06_divergences.ipynb #54be0e21
 @divergence
 def tvd(log_q: Tensor, log_p: Tensor) -> Tensor:
-    "Total variation distance, half of sum |p - q|, in [0, 1]: (..., V), (..., V) -> (...). A probability, not nats."
+    """Total variation distance, half of sum |p - q|, in [0, 1]: (..., V), (..., V) -> (...). A
+    probability, not nats."""
     return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 # %% ../nbs/06_divergences.ipynb #9799592c
@@ -104,12 +110,16 @@ def skew_reverse_kl(log_q: Tensor, log_p: Tensor, alpha: float = 0.1) -> Tensor:
 # %% ../nbs/06_divergences.ipynb #d0ff742d
 def masked_mean(values: Tensor,   # one number per position, any shape
                 mask: Tensor      # bool, the same shape: True where the position counts
-               ) -> Tensor:       # scalar
+               ) -> Tensor:  # scalar
     """Mean of `values` over the True positions of `mask`.
 
-    What stands at the other positions is never read, NaN included, and gets gradient 0. Without any True position the result is 0 and still part of the
-    graph, so that `backward()` works and several processes stay in step. `ValueError` if the shapes differ, `TypeError` if the mask is not bool.
-    """
-    if mask.dtype != torch.bool: raise TypeError(f"masked_mean: the mask is {mask.dtype}, expected torch.bool")
-    if mask.shape != values.shape: raise ValueError(f"masked_mean: values {tuple(values.shape)}, mask {tuple(mask.shape)}; the shapes must be equal")
+    What stands at the other positions is never read, NaN included, and gets gradient 0. Without any
+    True position the result is 0 and still part of the graph, so that `backward()` works and
+    several processes stay in step. `ValueError` if the shapes differ, `TypeError` if the mask is
+    not bool."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"masked_mean: the mask is {mask.dtype}, expected torch.bool")
+    if mask.shape != values.shape:
+        raise ValueError(f"masked_mean: values {tuple(values.shape)}, mask {tuple(mask.shape)}; "
+            "the shapes must be equal")
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)

@@ -20,9 +20,12 @@ from .sampling import Reading, evaluating
 
 # %% ../nbs/13_evaluation.ipynb #9ba5e2be
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    "ROUGE-L F-measure in [0, 100]: stemmed, maximum over the references. An empty prediction scores 0. Raises `ValueError` without references."
+    """ROUGE-L F-measure in [0, 100]: stemmed, maximum over the references.
+
+    An empty prediction scores 0. Raises `ValueError` without references."""
     if not references: raise ValueError("rouge_l: no references")
-    return 100 * max(_scorer().score(reference, prediction)["rougeL"].fmeasure for reference in references)
+    return 100 * max(_scorer().score(reference, prediction)["rougeL"].fmeasure
+        for reference in references)
 
 def _scorer(cache=[]):
     if not cache:
@@ -32,66 +35,91 @@ def _scorer(cache=[]):
 
 # %% ../nbs/13_evaluation.ipynb #9937f8c0
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    "Different n-grams of lower-cased words divided by all n-grams, over all `texts`, in [0, 1]; 0 if there are none."
-    grams = Counter(tuple(words[i:i + n]) for text in texts for words in [text.lower().split()] for i in range(len(words) - n + 1))
+    """Different n-grams of lower-cased words divided by all n-grams, over all `texts`, in [0, 1]; 0
+    if there are none."""
+    grams = Counter(tuple(words[i:i + n]) for text in texts for words in [text.lower().split()]
+        for i in range(len(words) - n + 1))
     return len(grams) / max(grams.total(), 1)
 
 # %% ../nbs/13_evaluation.ipynb #bea27f42
 def repetition(texts: Sequence[str], n: int = 4) -> float:
-    "Rep-n: the share of n-grams of lower-cased words that occurred earlier in the same text, mean over `texts`, in [0, 1); a text of fewer than n words counts as 0."
+    """Rep-n: the share of n-grams of lower-cased words that occurred earlier in the same text, mean
+    over `texts`, in [0, 1); a text of fewer than n words counts as 0."""
     rates = [1 - distinct_n([text], n) for text in texts if len(text.split()) >= n]
     return sum(rates) / max(len(texts), 1)
 
 # %% ../nbs/13_evaluation.ipynb #99de564e
-def _batches(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, batch_size: int, device):
-    "Batches of texts of similar lengths, which pads less: the pairs' indices, and the `Batch` on the device."
+def _batches(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, batch_size: int,
+        device):
+    """Batches of texts of similar lengths, which pads less: the pairs' indices, and the `Batch` on
+    the device."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     for a in range(0, len(order), batch_size):
         part = order[a:a + batch_size]
         yield part, collate([pairs[i] for i in part], pad_id).to(device)
 
 # %% ../nbs/13_evaluation.ipynb #c213b4e1
-def token_losses(student: nn.Module, teacher: Optional[nn.Module], pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, vocab: int, batch_size: int = 16,
-                 chunk_tokens: int = 256, known: Optional[Sequence[Tensor]] = None, student_known: Optional[Sequence[Tensor]] = None) -> list[list[Tensor]]:
-    """NLL under the student and, with a teacher, forward KL from it: `[nll]` or `[nll, kl]`, each with one (n,) float64 tensor of nats on the CPU per pair.
+def token_losses(student: nn.Module, teacher: Optional[nn.Module],
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, vocab: int,
+        batch_size: int = 16,
+                 chunk_tokens: int = 256, known: Optional[Sequence[Tensor]] = None,
+                 student_known: Optional[Sequence[Tensor]] = None) -> list[list[Tensor]]:
+    """NLL under the student and, with a teacher, forward KL from it: `[nll]` or `[nll, kl]`, each
+    with one (n,) float64 tensor of nats on the CPU per pair.
 
-    A pair is (prompt ids, response ids), n its response tokens. Position t holds the loss of predicting response token t from all before it.
-    `known`, `student_known`: the `response_states` of the pairs that the teacher and the student made before; a model whose states are known does not read."""
+    A pair is (prompt ids, response ids), n its response tokens. Position t holds the loss of
+    predicting response token t from all before it. `known`, `student_known`: the `response_states`
+    of the pairs that the teacher and the student made before; a model whose states are known does
+    not read."""
     device = next(student.parameters()).device
-    models, states = ([student], [student_known]) if teacher is None else ([student, teacher], [student_known, known])
+    models, states = (([student], [student_known]) if teacher is None
+        else ([student, teacher], [student_known, known]))
     found = [[torch.zeros(0, dtype=torch.float64)] * len(pairs) for _ in models]
     with evaluating(*models):
         for part, batch in _batches(pairs, pad_id, batch_size, device):
             rows, ids = supervised(batch), labels(batch)
-            hidden = [hidden_states(m, batch)[rows] if s is None else torch.cat([s[i] for i in part]).to(device) for m, s in zip(models, states)]
+            hidden = [hidden_states(m, batch)[rows] if s is None
+                else torch.cat([s[i] for i in part]).to(device) for m, s in zip(models, states)]
             losses = torch.zeros(len(models), len(ids), dtype=torch.float64, device=device)
             for b in range(0, len(ids), chunk_tokens):
-                logs = [log_probs(head_logits(m, h[b:b + chunk_tokens], vocab)) for m, h in zip(models, hidden)]
-                losses[0, b:b + chunk_tokens] = -logs[0].gather(-1, ids[b:b + chunk_tokens, None]).squeeze(-1)
-                if teacher is not None: losses[1, b:b + chunk_tokens] = forward_kl.from_log_probs(*logs)
+                logs = [log_probs(head_logits(m, h[b:b + chunk_tokens], vocab))
+                    for m, h in zip(models, hidden)]
+                losses[0, b:b + chunk_tokens] = -logs[0].gather(-1,
+                    ids[b:b + chunk_tokens, None]).squeeze(-1)
+                if teacher is not None:
+                    losses[1, b:b + chunk_tokens] = forward_kl.from_log_probs(*logs)
             sizes = [len(pairs[i][1]) for i in part]
-            for kind, row in zip(found, losses.cpu()):                                     # one transfer a batch
+            for kind, row in zip(found, losses.cpu()):  # one transfer a batch
                 for i, values in zip(part, row.split(sizes)): kind[i] = values
     return found
 
 # %% ../nbs/13_evaluation.ipynb #3327ee33
-def response_states(model: nn.Module, examples: Sequence[Encoded], pad_id: int, batch_size: int = 16) -> list[Tensor]:
+def response_states(model: nn.Module, examples: Sequence[Encoded], pad_id: int,
+        batch_size: int = 16) -> list[Tensor]:
     "The last hidden states (n, H) that predict the n response tokens of each example, on the CPU."
     found = [torch.zeros(0)] * len(examples)
     with evaluating(model):
-        for part, batch in _batches([(e.prompt_ids, e.response_ids) for e in examples], pad_id, batch_size, next(model.parameters()).device):
+        for part, batch in _batches([(e.prompt_ids, e.response_ids) for e in examples], pad_id,
+                batch_size, next(model.parameters()).device):
             states = hidden_states(model, batch)[supervised(batch)].cpu()
-            for i, x in zip(part, states.split([len(examples[i].response_ids) for i in part])): found[i] = x
+            for i, x in zip(part, states.split([len(examples[i].response_ids) for i in part])):
+                found[i] = x
     return found
 
 # %% ../nbs/13_evaluation.ipynb #54b50d99
-def held_out(student: nn.Module, teacher: Optional[nn.Module], examples: Sequence[Encoded], pad_id: int, vocab: int,
-             batch_size: int = 16, chunk_tokens: int = 256, known: Optional[Sequence[Tensor]] = None, student_known: Optional[Sequence[Tensor]] = None) -> dict:
-    """`nll` of the ground-truth responses and forward `kl` from the teacher (if given), nats a token, and the number of `tokens`.
+def held_out(student: nn.Module, teacher: Optional[nn.Module], examples: Sequence[Encoded],
+        pad_id: int, vocab: int,
+             batch_size: int = 16, chunk_tokens: int = 256,
+             known: Optional[Sequence[Tensor]] = None,
+             student_known: Optional[Sequence[Tensor]] = None) -> dict:
+    """`nll` of the ground-truth responses and forward `kl` from the teacher (if given), nats a
+    token, and the number of `tokens`.
 
-    The same of each response, in the order of `examples`: `nll_per_prompt`, `kl_per_prompt`, `tokens_per_prompt`. What compares two models prompt by prompt needs them.
-    `known`, `student_known`: see `token_losses`."""
-    losses = token_losses(student, teacher, [(e.prompt_ids, e.response_ids) for e in examples], pad_id, vocab, batch_size, chunk_tokens, known, student_known)
+    The same of each response, in the order of `examples`: `nll_per_prompt`, `kl_per_prompt`,
+    `tokens_per_prompt`. What compares two models prompt by prompt needs them. `known`,
+    `student_known`: see `token_losses`."""
+    losses = token_losses(student, teacher, [(e.prompt_ids, e.response_ids) for e in examples],
+        pad_id, vocab, batch_size, chunk_tokens, known, student_known)
     sizes = [len(x) for x in losses[0]]
     found = {"tokens": sum(sizes), "tokens_per_prompt": sizes}
     for name, each in zip(("nll", "kl"), losses):
@@ -100,14 +128,17 @@ def held_out(student: nn.Module, teacher: Optional[nn.Module], examples: Sequenc
     return found
 
 # %% ../nbs/13_evaluation.ipynb #b130e23d
-def written(sample: Callable, examples: Sequence[Encoded], seed: int, max_new_tokens: int, batch_size: int = 32, past: Callable = lambda part, prompts: ()) -> list[list[int]]:
-    "The ids of one sampled response per example, its stop id included, in the order of `examples`; `sample(prompts, keys, limits, *past(indices, prompts))` is a `sampler`."
+def written(sample: Callable, examples: Sequence[Encoded], seed: int, max_new_tokens: int,
+        batch_size: int = 32, past: Callable = lambda part, prompts: ()) -> list[list[int]]:
+    """The ids of one sampled response per example, its stop id included, in the order of
+    `examples`; `sample(prompts, keys, limits, *past(indices, prompts))` is a `sampler`."""
     found = [[] for _ in examples]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     for a in range(0, len(order), batch_size):
         part = order[a:a + batch_size]
         prompts = [examples[i].prompt_ids for i in part]
-        texts = sample(prompts, [(seed, "answer", i) for i in part], [max_new_tokens] * len(part), *past(part, prompts))
+        texts = sample(prompts, [(seed, "answer", i) for i in part], [max_new_tokens] * len(part),
+            *past(part, prompts))
         for i, ids in zip(part, texts): found[i] = ids
     return found
 
@@ -115,26 +146,38 @@ def decoded(responses: Sequence[Sequence[int]], tokenizer) -> list[str]:
     "The texts of responses (ids), special tokens and outer white space removed."
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in responses]
 
-def answers(sample: Callable, examples: Sequence[Encoded], tokenizer, seed: int, max_new_tokens: int, batch_size: int = 32) -> list[str]:
+def answers(sample: Callable, examples: Sequence[Encoded], tokenizer, seed: int,
+        max_new_tokens: int, batch_size: int = 32) -> list[str]:
     "The texts of `written`: one sampled answer per example, in the order of `examples`."
     return decoded(written(sample, examples, seed, max_new_tokens, batch_size), tokenizer)
 
 def score_answers(predictions: Sequence[str], examples: Sequence[Example]) -> dict:
-    "ROUGE-L of each prediction and in the mean, distinct-1/2/4, repetition-4, and how many are empty. Raises `ValueError` if the numbers differ."
-    if len(predictions) != len(examples): raise ValueError(f"score_answers: {len(predictions)} predictions for {len(examples)} examples")
+    """ROUGE-L of each prediction and in the mean, distinct-1/2/4, repetition-4, and how many are
+    empty. Raises `ValueError` if the numbers differ."""
+    if len(predictions) != len(examples):
+        raise ValueError(
+            f"score_answers: {len(predictions)} predictions for {len(examples)} examples")
     each = [rouge_l(p, e.references) for p, e in zip(predictions, examples)]
-    return {"rouge_l": sum(each) / max(len(each), 1), "each": each, "empty": sum(not p for p in predictions),
-            **{f"distinct_{n}": distinct_n(predictions, n) for n in (1, 2, 4)}, "repetition_4": repetition(predictions, 4)}
+    return {"rouge_l": sum(each) / max(len(each), 1), "each": each,
+        "empty": sum(not p for p in predictions),
+            **{f"distinct_{n}": distinct_n(predictions, n) for n in (1, 2, 4)},
+            "repetition_4": repetition(predictions, 4)}
 
 # %% ../nbs/13_evaluation.ipynb #e93e56d2
-def written_and_read(model: nn.Module, sample: Callable, examples: Sequence[Encoded], seed: int, max_new_tokens: int, pad_id: int, batch_size: int = 32) -> tuple[list[list[int]], list[Tensor]]:
-    "What `written` and `response_states` give of `model`, whose `sampler` is `sample`, with one pass over the prompts instead of two: it reads prompt and reference, crosses the reference out, and writes its answer from there."
+def written_and_read(model: nn.Module, sample: Callable, examples: Sequence[Encoded], seed: int,
+        max_new_tokens: int, pad_id: int, batch_size: int = 32) -> tuple[list[list[int]],
+        list[Tensor]]:
+    """What `written` and `response_states` give of `model`, whose `sampler` is `sample`, with one
+    pass over the prompts instead of two: it reads prompt and reference, crosses the reference out,
+    and writes its answer from there."""
     states = [None] * len(examples)
     def read(part, prompts):
         references = [examples[i].response_ids for i in part]
         reading = Reading(model, [x + y for x, y in zip(prompts, references)], pad_id)
         sizes = [len(y) for y in references]
-        for i, x in zip(part, reading.predicting([len(x) for x in prompts], sizes).cpu().split(sizes)): states[i] = x
+        for i, x in zip(part, reading.predicting([len(x) for x in prompts],
+                    sizes).cpu().split(sizes)):
+            states[i] = x
         return (reading,)
     return written(sample, examples, seed, max_new_tokens, batch_size, read), states
 
@@ -142,69 +185,103 @@ def written_and_read(model: nn.Module, sample: Callable, examples: Sequence[Enco
 def accumulated_error(kls: Sequence[Sequence[float]], length: int) -> Tensor:
     """R(l) for l = 1..`length`: (length,) float64 nats, from the per-token KLs of each response.
 
-    The error of position t is the mean over the responses that have a token there: an ended response is left out, not counted as 0.
-    Raises `ValueError` where no response has `length` tokens."""
+    The error of position t is the mean over the responses that have a token there: an ended
+    response is left out, not counted as 0. Raises `ValueError` where no response has `length`
+    tokens."""
     sizes = torch.tensor([len(k) for k in kls], dtype=torch.long)
     longest = int(sizes.max()) if len(kls) else 0
-    if not 0 <= length <= longest: raise ValueError(f"accumulated_error: length {length}; the longest of {len(kls)} responses has {longest} tokens")
+    if not 0 <= length <= longest:
+        raise ValueError(f"accumulated_error: length {length}; the longest of {len(kls)} responses "
+            f"has {longest} tokens")
     table = torch.zeros(len(kls), longest, dtype=torch.float64)
     for row, k in zip(table, kls): row[:len(k)] = torch.as_tensor(k, dtype=torch.float64)
-    reach = (torch.arange(longest) < sizes[:, None]).sum(0)       # (longest,) never 0: the longest response reaches all positions
+    # (longest,) never 0: the longest response reaches all positions
+    reach = (torch.arange(longest) < sizes[:, None]).sum(0)
     return (table.sum(0) / reach)[:length].cumsum(0)
 
 # %% ../nbs/13_evaluation.ipynb #57ad7acb
-def excess_errors(student_text_kl: Sequence[Sequence[float]], teacher_text_kl: Sequence[Sequence[float]], length: int) -> Tensor:
-    "ExAccErr(l) in percent for l = 1..`length`: (length,) float64. 0 where both sums are equal, also if both are 0; infinite if only the teacher's is 0."
-    ours, theirs = accumulated_error(student_text_kl, length), accumulated_error(teacher_text_kl, length)
+def excess_errors(student_text_kl: Sequence[Sequence[float]],
+        teacher_text_kl: Sequence[Sequence[float]], length: int) -> Tensor:
+    """ExAccErr(l) in percent for l = 1..`length`: (length,) float64. 0 where both sums are equal,
+    also if both are 0; infinite if only the teacher's is 0."""
+    ours = accumulated_error(student_text_kl, length)
+    theirs = accumulated_error(teacher_text_kl, length)
     return torch.where(ours == theirs, 0., 100 * (ours - theirs) / theirs)
 
-def excess_error(student_text_kl: Sequence[Sequence[float]], teacher_text_kl: Sequence[Sequence[float]], length: int) -> float:
-    "ExAccErr after `length` tokens, in percent, from the per-token KLs on the student's and on the teacher's responses; 0 for `length` 0. Errors: see `accumulated_error`."
+def excess_error(student_text_kl: Sequence[Sequence[float]],
+        teacher_text_kl: Sequence[Sequence[float]], length: int) -> float:
+    """ExAccErr after `length` tokens, in percent, from the per-token KLs on the student's and on
+    the teacher's responses; 0 for `length` 0. Errors: see `accumulated_error`."""
     return excess_errors(student_text_kl, teacher_text_kl, length)[-1].item() if length else 0.0
 
 # %% ../nbs/13_evaluation.ipynb #bac595b2
 def usable_length(*texts: Sequence[Sequence]) -> int:
-    "The largest number of tokens that at least half of the responses have, in each of `texts` (lists of ids or of per-token numbers); 0 without responses."
-    halfway = [sorted(map(len, responses), reverse=True)[(len(responses) - 1) // 2] if responses else 0 for responses in texts]
+    """The largest number of tokens that at least half of the responses have, in each of `texts`
+    (lists of ids or of per-token numbers); 0 without responses."""
+    halfway = [sorted(map(len, responses), reverse=True)[(len(responses) - 1) // 2] if responses
+        else 0 for responses in texts]
     return min(halfway, default=0)
 
 # %% ../nbs/13_evaluation.ipynb #fb6b4b77
-def exposure(student: nn.Module, teacher: nn.Module, examples: Sequence[Encoded], student_text: Sequence[Sequence[int]], teacher_text: Sequence[Sequence[int]],
+def exposure(student: nn.Module, teacher: nn.Module, examples: Sequence[Encoded],
+        student_text: Sequence[Sequence[int]], teacher_text: Sequence[Sequence[int]],
              pad_id: int, vocab: int, batch_size: int = 16, chunk_tokens: int = 256) -> dict:
-    """`excess_error` (percent) at `excess_error_length` tokens, the `usable_length` of both texts, and `excess_error_curve`: the percent at 1, 2, ... tokens.
+    """`excess_error` (percent) at `excess_error_length` tokens, the `usable_length` of both texts,
+    and `excess_error_curve`: the percent at 1, 2, ... tokens.
 
-    The texts are response ids, one per example and in that order: see `written`. Two runs compare at the same length only, hence the curve."""
-    kls = [token_losses(student, teacher, [(e.prompt_ids, ids) for e, ids in zip(examples, text)], pad_id, vocab, batch_size, chunk_tokens)[1]
+    The texts are response ids, one per example and in that order: see `written`. Two runs compare
+    at the same length only, hence the curve."""
+    kls = [token_losses(student, teacher, [(e.prompt_ids, ids) for e, ids in zip(examples, text)],
+            pad_id, vocab, batch_size, chunk_tokens)[1]
            for text in (student_text, teacher_text)]
     length = usable_length(*kls)
     return {"excess_error": excess_error(*kls, length), "excess_error_length": length,
-            "excess_error_curve": [round(x, 3) for x in excess_errors(*kls, length).tolist()] if length else []}
+            "excess_error_curve": [round(x, 3) for x in excess_errors(*kls, length).tolist()]
+            if length else []}
 
 # %% ../nbs/13_evaluation.ipynb #bf9ae486
-def evaluate(student: nn.Module, teacher: Optional[nn.Module], sets: dict[str, Sequence[Encoded]], sample: Callable, tokenizer, vocab: int, seeds: Sequence[int],
-             max_new_tokens: int, batch_size: int = 32, chunk_tokens: int = 256, teacher_text: Optional[dict[str, list[list[int]]]] = None,
-             known: dict[str, Sequence[Tensor]] = {}) -> tuple[dict[str, dict], list[dict], dict[str, list[list[int]]]]:
-    """Metrics of every set by name, the sampled answers as records for samples.jsonl, and the response ids of the first seed: {set: [[id, ...], ...]}.
+def evaluate(student: nn.Module, teacher: Optional[nn.Module], sets: dict[str, Sequence[Encoded]],
+        sample: Callable, tokenizer, vocab: int, seeds: Sequence[int],
+             max_new_tokens: int, batch_size: int = 32, chunk_tokens: int = 256,
+             teacher_text: Optional[dict[str, list[list[int]]]] = None,
+             known: dict[str, Sequence[Tensor]] = {}) -> tuple[dict[str, dict], list[dict],
+             dict[str, list[list[int]]]]:
+    """Metrics of every set by name, the sampled answers as records for samples.jsonl, and the
+    response ids of the first seed: {set: [[id, ...], ...]}.
 
-    Per set: what `held_out` finds, `rouge_l` (mean over seeds), `rouge_l_per_seed`, `rouge_l_per_prompt`, `distinct_n`, `repetition_4`, `empty`, `prompts`;
-    with `teacher_text`, the teacher's response ids of the first seed, also what `exposure` finds. Raises `ValueError` if it does not fit the sets."""
+    Per set: what `held_out` finds, `rouge_l` (mean over seeds), `rouge_l_per_seed`,
+    `rouge_l_per_prompt`, `distinct_n`, `repetition_4`, `empty`, `prompts`; with `teacher_text`, the
+    teacher's response ids of the first seed, also what `exposure` finds. Raises `ValueError` if it
+    does not fit the sets."""
     if teacher_text is not None: _check_text(teacher, sets, teacher_text)
     metrics, records, first = {}, [], {}
     for name, examples in sets.items():
-        plain, settings = [e.example for e in examples], (tokenizer.pad_token_id, vocab, batch_size, chunk_tokens)
-        first[name], states = written_and_read(student, sample, examples, seeds[0], max_new_tokens, tokenizer.pad_token_id, batch_size)
-        ids = {seeds[0]: first[name], **{seed: written(sample, examples, seed, max_new_tokens, batch_size) for seed in seeds[1:]}}
+        plain = [e.example for e in examples]
+        settings = (tokenizer.pad_token_id, vocab, batch_size, chunk_tokens)
+        first[name], states = written_and_read(student, sample, examples, seeds[0], max_new_tokens,
+            tokenizer.pad_token_id, batch_size)
+        ids = {seeds[0]: first[name], **{seed: written(sample, examples, seed, max_new_tokens,
+                    batch_size) for seed in seeds[1:]}}
         by_seed = {seed: decoded(responses, tokenizer) for seed, responses in ids.items()}
         scores = [score_answers(predictions, plain) for predictions in by_seed.values()]
         mean = lambda key: sum(s[key] for s in scores) / len(scores)
-        metrics[name] = {**held_out(student, teacher, examples, *settings, known.get(name, states if student is teacher else None), states), "rouge_l": mean("rouge_l"),
-                         "rouge_l_per_seed": {str(seed): s["rouge_l"] for seed, s in zip(by_seed, scores)},
-                         "rouge_l_per_prompt": [round(sum(each) / len(each), 3) for each in zip(*(s["each"] for s in scores))],
-                         **{key: mean(key) for key in ("distinct_1", "distinct_2", "distinct_4", "repetition_4")},
+        metrics[name] = {**held_out(student, teacher, examples, *settings,
+                known.get(name, states if student is teacher else None), states),
+            "rouge_l": mean("rouge_l"),
+                         "rouge_l_per_seed": {str(seed): s["rouge_l"]
+                             for seed, s in zip(by_seed, scores)},
+                         "rouge_l_per_prompt": [round(sum(each) / len(each), 3)
+                             for each in zip(*(s["each"] for s in scores))],
+                         **{key: mean(key) for key in ("distinct_1", "distinct_2", "distinct_4",
+                                 "repetition_4")},
                          "empty": sum(s["empty"] for s in scores), "prompts": len(plain)}
-        if teacher_text is not None: metrics[name].update(exposure(student, teacher, examples, first[name], teacher_text[name], *settings))
-        records += [{"set": name, "seed": seed, "id": e.id, "instruction": e.instruction, "prediction": p, "rouge_l": round(r, 3)}
-                    for (seed, predictions), s in zip(by_seed.items(), scores) for e, p, r in zip(plain, predictions, s["each"])]
+        if teacher_text is not None:
+            metrics[name].update(exposure(student, teacher, examples, first[name],
+                    teacher_text[name], *settings))
+        records += [{"set": name, "seed": seed, "id": e.id, "instruction": e.instruction,
+                "prediction": p, "rouge_l": round(r, 3)}
+                    for (seed, predictions), s in zip(by_seed.items(), scores)
+                    for e, p, r in zip(plain, predictions, s["each"])]
     return metrics, records, first
 
 def _check_text(teacher, sets, teacher_text):
@@ -212,4 +289,6 @@ def _check_text(teacher, sets, teacher_text):
     if teacher is None: raise ValueError("evaluate: teacher_text without the teacher")
     for name, examples in sets.items():
         found = len(teacher_text.get(name, []))
-        if found != len(examples): raise ValueError(f"evaluate: teacher_text has {found} responses for the {len(examples)} examples of {name!r}")
+        if found != len(examples):
+            raise ValueError(f"evaluate: teacher_text has {found} responses for the "
+                f"{len(examples)} examples of {name!r}")

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import Tensor
 from .files import project_root
-from .dac_kl import DACKL, READINGS, REMAINDERS, TARGETS, FixedClip, class_weights, clip_mask, quantile_interval
+from .dac_kl import (DACKL, READINGS, REMAINDERS, TARGETS, FixedClip, class_weights,
+    clip_mask, quantile_interval)
 from .divergences import DIVERGENCES, forward_kl
 
 # %% ../nbs/14_explore.ipynb #0ac37a45
@@ -30,11 +31,14 @@ def png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 class Explorer(widgets.VBox):
-    "`controls` {name: widget}; `numbers(**values)` computes, `figure(numbers)` draws, `text(numbers)` says it in HTML. `numbers` is None after values that were refused."
-    def __init__(self, controls: dict[str, widgets.Widget], numbers: Callable[..., dict], figure: Callable[[dict], Figure], text: Callable[[dict], str]):
+    """`controls` {name: widget}; `numbers(**values)` computes, `figure(numbers)` draws,
+    `text(numbers)` says it in HTML. `numbers` is None after values that were refused."""
+    def __init__(self, controls: dict[str, widgets.Widget], numbers: Callable[..., dict],
+            figure: Callable[[dict], Figure], text: Callable[[dict], str]):
         self.controls, self._numbers, self._figure, self._text = controls, numbers, figure, text
         self.line, self.picture = widgets.HTML(), widgets.Image(format="png")
-        super().__init__([widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap")), self.line, self.picture])
+        super().__init__([widgets.HBox(list(controls.values()),
+                    layout=widgets.Layout(flex_flow="row wrap")), self.line, self.picture])
         for control in controls.values(): control.observe(self.redraw, names="value")
         self.redraw()
 
@@ -46,17 +50,22 @@ class Explorer(widgets.VBox):
         "Compute and draw the present values, or say why they make no sense."
         try: self.numbers = self._numbers(**self.values())
         except ValueError as e:
-            self.numbers, self.line.value = None, f"<b>Not possible:</b> {html.escape(str(e))}. The picture is the last one that was."
+            self.numbers = None
+            self.line.value = (f"<b>Not possible:</b> {html.escape(str(e))}. The picture is the "
+                "last one that was.")
             return
-        self.line.value, self.picture.value = self._text(self.numbers), png(self._figure(self.numbers))
+        self.line.value = self._text(self.numbers)
+        self.picture.value = png(self._figure(self.numbers))
 
     def _repr_mimebundle_(self, **kwargs):
         "As every widget, with a line that helps where there is no kernel."
-        return super()._repr_mimebundle_(**kwargs) | {"text/plain": "Sliders need JupyterLab; above is their first state."}
+        return (super()._repr_mimebundle_(**kwargs)
+            | {"text/plain": "Sliders need JupyterLab; above is their first state."})
 
 def slider(name: str, value: float, low: float, high: float, step: float) -> widgets.FloatSlider:
     "A slider with its name in front."
-    return widgets.FloatSlider(value=value, min=low, max=high, step=step, description=name, readout_format=".3f" if step < 0.01 else ".2f")
+    return widgets.FloatSlider(value=value, min=low, max=high, step=step, description=name,
+        readout_format=".3f" if step < 0.01 else ".2f")
 
 def choice(name: str, options: Sequence[str], value: Optional[str] = None) -> widgets.Dropdown:
     "A menu with its name in front."
@@ -65,11 +74,14 @@ def choice(name: str, options: Sequence[str], value: Optional[str] = None) -> wi
 # %% ../nbs/14_explore.ipynb #0219b547
 @lru_cache
 def positions() -> dict[str, dict]:
-    "The stored predictions {name: {'text', 'words' (the likeliest), 'n' (R,) classes of each group, 'log_p' and 'log_q' (1, V), the likeliest class first}}."
-    stored = json.loads((project_root()/"nbs"/"explorer"/"data.json").read_text(encoding="utf-8"))["positions"]
+    """The stored predictions {name: {'text', 'words' (the likeliest), 'n' (R,) classes of each
+    group, 'log_p' and 'log_q' (1, V), the likeliest class first}}."""
+    stored = json.loads((project_root()/"nbs"/"explorer"/"data.json").read_text(encoding="utf-8"))[
+        "positions"]
     def whole(p):
         n = torch.tensor(p["n"])
-        log_p, log_q = (torch.tensor(p[k], dtype=torch.float64).repeat_interleave(n)[None].log().log_softmax(-1) for k in ("p", "q"))
+        log_p, log_q = (torch.tensor(p[k], dtype=torch.float64).repeat_interleave(n)[None].log()
+            .log_softmax(-1) for k in ("p", "q"))
         return {"text": p["text"], "words": p["words"], "n": n, "log_p": log_p, "log_q": log_q}
     return {p["name"]: whole(p) for p in stored}
 
@@ -77,76 +89,100 @@ POSITION = "a teacher in doubt"
 PLACES = torch.linspace(0, 1, 401, dtype=torch.float64)
 
 # %% ../nbs/14_explore.ipynb #ec8015a3
-def dac_kl_numbers(position: str = POSITION, u: float = 0.95, l: float = 0.05, temperature: float = 0., reading: str = "value",
+def dac_kl_numbers(position: str = POSITION, u: float = 0.95, l: float = 0.05,
+        temperature: float = 0., reading: str = "value",
                    target: str = "once", remainder: str = "as_printed") -> dict:
     """DAC-KL of a stored prediction under a fixed clip.
 
-    'loss' and 'forward_kl' (nats), 'kept_mass', 'student_mass', 'kept_classes'; (V,) 'weight' and 'place' of each class; 'mask' at each of `PLACES`. `ValueError` unless 0 <= l <= u <= 1."""
+    'loss' and 'forward_kl' (nats), 'kept_mass', 'student_mass', 'kept_classes'; (V,) 'weight' and
+    'place' of each class; 'mask' at each of `PLACES`. `ValueError` unless 0 <= l <= u <= 1."""
     stored = positions()[position]
     log_q, log_p, clip = stored["log_q"], stored["log_p"], FixedClip(u, l, reading, temperature)
     q, p = log_q.exp(), log_p.exp()
     loss, found = DACKL(clip, target, remainder)(log_q, log_p)
     weight = class_weights(log_p, clip(q, p).mask, target)
-    return {"loss": loss.item(), "forward_kl": forward_kl(log_q, log_p).item(), "kept_mass": found["kept_mass"].item(), "kept_classes": found["kept_classes"].item(),
-            "student_mass": (weight.clamp(max=1) * q).sum().item(), "weight": weight[0], "place": quantile_interval(p, reading)[1][0],
-            "mask": clip_mask(PLACES[None], u, l, "value", temperature)[0], "position": position, "u": u, "l": l, "reading": reading}
+    return {"loss": loss.item(), "forward_kl": forward_kl(log_q, log_p).item(),
+        "kept_mass": found["kept_mass"].item(), "kept_classes": found["kept_classes"].item(),
+            "student_mass": (weight.clamp(max=1) * q).sum().item(), "weight": weight[0],
+            "place": quantile_interval(p, reading)[1][0],
+            "mask": clip_mask(PLACES[None], u, l, "value", temperature)[0], "position": position,
+            "u": u, "l": l, "reading": reading}
 
 def dac_kl_text(numbers: dict) -> str:
     "The text so far, and the numbers, in a line of HTML each."
     stored, n = positions()[numbers["position"]], numbers
     note = " Below 0: a sum over some of the classes is no KL." if n["loss"] < 0 else ""
-    return (f"<i>{html.escape(stored['text'].splitlines()[-1])}</i> &rarr; {html.escape(', '.join(w.strip() for w in stored['words'][:4]))}, ...<br>"
+    return (f"<i>{html.escape(stored['text'].splitlines()[-1])}</i> &rarr; "
+        f"{html.escape(', '.join(w.strip() for w in stored['words'][:4]))}, ...<br>"
             f"<b>DAC-KL {n['loss']:.4f} nats</b>, forward KL {n['forward_kl']:.4f}; "
-            f"{n['kept_classes']:,.1f} classes kept, teacher mass {n['kept_mass']:.4f}, student mass {n['student_mass']:.4f}.{note}")
+            f"{n['kept_classes']:,.1f} classes kept, teacher mass {n['kept_mass']:.4f}, student "
+            f"mass {n['student_mass']:.4f}.{note}")
 
 # %% ../nbs/14_explore.ipynb #2fedfef9
 BLUE, ORANGE = "#2f6fb5", "#d9660d"
 
 def _panels(height: float, ratio: tuple[float, float] = (1, 1)):
-    "A figure with two plain panels. Margins are fixed, since fitting them takes longer than drawing."
+    """A figure with two plain panels.
+
+    Margins are fixed, since fitting them takes longer than drawing."""
     figure = Figure(figsize=(9, height), dpi=80)
-    axes = figure.subplots(1, 2, gridspec_kw=dict(width_ratios=ratio, left=.09, right=.985, bottom=.5 / height, top=1 - .27 / height, wspace=.2))
-    for ax in axes: ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=8)
+    axes = figure.subplots(1, 2, gridspec_kw=dict(width_ratios=ratio, left=.09, right=.985,
+            bottom=.5 / height, top=1 - .27 / height, wspace=.2))
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
     return figure, *axes
 
 def _powers(axis):
     "Labels such as 1e-06, without minor ticks."
-    axis.set_major_formatter("{x:g}"); axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 def dac_kl_figure(numbers: dict) -> Figure:
-    "Teacher, student and what is kept of the teacher, by rank; and the mask. One point for each group of equal classes."
+    """Teacher, student and what is kept of the teacher, by rank; and the mask.
+
+    One point for each group of equal classes."""
     figure, left, right = _panels(3.1, (3, 2))
     stored = positions()[numbers["position"]]
     last = stored["n"].cumsum(0) - 1
-    p, q, weight, place = (x[last] for x in (stored["log_p"][0].exp(), stored["log_q"][0].exp(), numbers["weight"], numbers["place"]))
+    p, q, weight, place = (x[last] for x in (stored["log_p"][0].exp(), stored["log_q"][0].exp(),
+            numbers["weight"], numbers["place"]))
     rank, floor = last + 1, p.min().item() / 2
     left.fill_between(rank, floor, p, step="mid", color="0.85", label="teacher, dropped")
-    left.fill_between(rank, floor, (weight * p).clamp(min=floor), step="mid", color=BLUE, label="teacher, kept")
+    left.fill_between(rank, floor, (weight * p).clamp(min=floor), step="mid", color=BLUE,
+        label="teacher, kept")
     left.plot(rank, q, color=ORANGE, lw=.7, label="student")
     if numbers["reading"] == "value":
         for name in "ul": left.axhline(max(numbers[name], floor), color="k", lw=.8, ls="--")
-    left.set(xscale="log", yscale="log", ylim=(floor, 2), xlabel="class, the teacher's likeliest first", ylabel="probability")
+    left.set(xscale="log", yscale="log", ylim=(floor, 2),
+        xlabel="class, the teacher's likeliest first", ylabel="probability")
     for axis in (left.xaxis, left.yaxis): _powers(axis)
     left.legend(fontsize=8, frameon=False, loc="upper right")
     right.plot(PLACES, numbers["mask"], color="0.6", lw=1)
     right.plot(place, weight, ".", color=BLUE, ms=5)
     for name in "ul":
         right.axvline(numbers[name], color="k", lw=.8, ls="--")
-        right.text(numbers[name], 1.04, name, style="italic", ha="center", transform=right.get_xaxis_transform())
-    right.set(xlim=(-.03, 1.03), ylim=(-.05, 2.05 if weight.max() > 1 else 1.05), xlabel=f"place of the class, by {numbers['reading']}", ylabel="weight")
+        right.text(numbers[name], 1.04, name, style="italic", ha="center",
+            transform=right.get_xaxis_transform())
+    right.set(xlim=(-.03, 1.03), ylim=(-.05, 2.05 if weight.max() > 1 else 1.05),
+        xlabel=f"place of the class, by {numbers['reading']}", ylabel="weight")
     return figure
 
 # %% ../nbs/14_explore.ipynb #06d26b3b
 def explore_dac_kl() -> Explorer:
     "Sliders and menus on `dac_kl_numbers`."
-    controls = {"position": choice("text", list(positions()), POSITION), "u": slider("u", .95, 0, 1, .005), "l": slider("l", .05, 0, 1, .005),
+    controls = {"position": choice("text", list(positions()), POSITION),
+        "u": slider("u", .95, 0, 1, .005), "l": slider("l", .05, 0, 1, .005),
                 "temperature": slider("temperature", 0, 0, .1, .001),
-                "reading": choice("reading", READINGS), "target": choice("target", TARGETS), "remainder": choice("remainder", REMAINDERS)}
+                "reading": choice("reading", READINGS), "target": choice("target", TARGETS),
+                "remainder": choice("remainder", REMAINDERS)}
     return Explorer(controls, dac_kl_numbers, dac_kl_figure, dac_kl_text)
 
 # %% ../nbs/14_explore.ipynb #e5c8a25d
-GRID = torch.linspace(-7, 7, 121, dtype=torch.float64)      # a vocabulary with an order, so that it can be drawn
-TEACHER = torch.log(.65 * torch.exp(-(GRID + 2.5)**2 / .98) + .35 * torch.exp(-(GRID - 2.5)**2 / .98))
+# a vocabulary with an order, so that it can be drawn
+GRID = torch.linspace(-7, 7, 121, dtype=torch.float64)
+TEACHER = torch.log(.65 * torch.exp(-(GRID + 2.5)**2 / .98) + .35
+    * torch.exp(-(GRID - 2.5)**2 / .98))
 CENTRES = torch.linspace(-5, 5, 201, dtype=torch.float64)
 
 def bell(centre: Tensor, width: float = 1.) -> Tensor:
@@ -155,10 +191,13 @@ def bell(centre: Tensor, width: float = 1.) -> Tensor:
 
 def divergence_options(loss: str, alpha: float, beta: float) -> dict:
     "What of alpha (skew) and beta (JSD) the loss takes."
-    return {k: v for k, v in (("alpha", alpha), ("beta", beta)) if k in inspect.signature(DIVERGENCES[loss]).parameters}
+    return {k: v for k, v in (("alpha", alpha), ("beta", beta))
+        if k in inspect.signature(DIVERGENCES[loss]).parameters}
 
-def divergence_numbers(loss: str = "forward_kl", centre: float = 0., width: float = 1., alpha: float = .1, beta: float = .5) -> dict:
-    """The loss of the student with this centre: 'value' (nats), 'gradient' by the centre; 'curve' (C,) at every one of `CENTRES`, 'best' the centre of its minimum.
+def divergence_numbers(loss: str = "forward_kl", centre: float = 0., width: float = 1.,
+        alpha: float = .1, beta: float = .5) -> dict:
+    """The loss of the student with this centre: 'value' (nats), 'gradient' by the centre; 'curve'
+    (C,) at every one of `CENTRES`, 'best' the centre of its minimum.
 
     `ValueError` unless alpha and beta, where the loss takes them, lie strictly between 0 and 1."""
     options, f = divergence_options(loss, alpha, beta), DIVERGENCES[loss]
@@ -166,35 +205,45 @@ def divergence_numbers(loss: str = "forward_kl", centre: float = 0., width: floa
     value = f(bell(c, width), TEACHER, **options)
     gradient, = torch.autograd.grad(value, c)
     curve = f(bell(CENTRES, width), TEACHER.expand(len(CENTRES), -1), **options)
-    return {"value": value.item(), "gradient": gradient.item(), "curve": curve, "best": CENTRES[curve.argmin()].item(),
+    return {"value": value.item(), "gradient": gradient.item(), "curve": curve,
+        "best": CENTRES[curve.argmin()].item(),
             "loss": loss, "options": options, "centre": centre, "width": width}
 
 def divergence_text(numbers: dict) -> str:
     "The numbers in a line of HTML."
     n = numbers
-    options = ", ".join(f"{k} = {v:g}" for k, v in n["options"].items()) or "takes neither alpha nor beta"
-    return f"<b>{n['loss']} ({options}): {n['value']:.4f}</b>, gradient by the centre {n['gradient']:+.4f}; the least, {n['curve'].min():.4f}, is at {n['best']:+.2f}."
+    options = (", ".join(f"{k} = {v:g}" for k, v in n["options"].items())
+        or "takes neither alpha nor beta")
+    return (f"<b>{n['loss']} ({options}): {n['value']:.4f}</b>, gradient by the centre "
+        f"{n['gradient']:+.4f}; the least, {n['curve'].min():.4f}, is at {n['best']:+.2f}.")
 
 # %% ../nbs/14_explore.ipynb #4f98bdc5
 def divergence_figure(numbers: dict) -> Figure:
-    "Teacher and student; and the loss over all centres, with the present one, its tangent, and the minimum."
+    """Teacher and student; and the loss over all centres, with the present one, its tangent, and
+    the minimum."""
     figure, left, right = _panels(2.9)
     c, value, slope = numbers["centre"], numbers["value"], numbers["gradient"]
     left.fill_between(GRID, TEACHER.softmax(-1), color="0.85", label="teacher")
-    left.plot(GRID, bell(torch.tensor(c, dtype=torch.float64), numbers["width"]).softmax(-1), color=ORANGE, label="student")
-    left.set(xlabel="class", ylabel="probability", ylim=0); left.legend(fontsize=8, frameon=False)
+    left.plot(GRID, bell(torch.tensor(c, dtype=torch.float64), numbers["width"]).softmax(-1),
+        color=ORANGE, label="student")
+    left.set(xlabel="class", ylabel="probability", ylim=0)
+    left.legend(fontsize=8, frameon=False)
     right.plot(CENTRES, numbers["curve"], color=BLUE)
     near = torch.tensor([c - .8, c + .8])
-    right.plot(near, value + slope * (near - c), color=ORANGE, lw=1); right.plot(c, value, "o", color=ORANGE)
+    right.plot(near, value + slope * (near - c), color=ORANGE, lw=1)
+    right.plot(c, value, "o", color=ORANGE)
     right.axvline(numbers["best"], color="k", lw=.8, ls="--")
-    right.set(xlabel="centre of the student", ylabel=numbers["loss"], ylim=(0, 1.1 * numbers["curve"].max().item()))
+    right.set(xlabel="centre of the student", ylabel=numbers["loss"],
+        ylim=(0, 1.1 * numbers["curve"].max().item()))
     return figure
 
 # %% ../nbs/14_explore.ipynb #34aab0d6
 def explore_divergences() -> Explorer:
     "Sliders and menus on `divergence_numbers`."
-    controls = {"loss": choice("loss", list(DIVERGENCES)), "centre": slider("centre", 0, -5, 5, .05), "width": slider("width", 1, .3, 4, .05),
-                "alpha": slider("skew alpha", .1, .01, .99, .01), "beta": slider("JSD beta", .5, .01, .99, .01)}
+    controls = {"loss": choice("loss", list(DIVERGENCES)),
+        "centre": slider("centre", 0, -5, 5, .05), "width": slider("width", 1, .3, 4, .05),
+                "alpha": slider("skew alpha", .1, .01, .99, .01),
+                "beta": slider("JSD beta", .5, .01, .99, .01)}
     return Explorer(controls, divergence_numbers, divergence_figure, divergence_text)
 
 # %% ../nbs/14_explore.ipynb #032d26d5
@@ -209,12 +258,14 @@ def terms_of_run(run: str = "examples/quickstart") -> pd.DataFrame:
 def weighted_numbers(sft: float = 1., dac: float = 1., span: float = 1.) -> dict:
     """The objective of the quickstart's log under these weights.
 
-    'parts': a column for each weighted term, a row for each step; its mean 'loss'; 'share' {term: of the loss}. `ValueError` if all weights are 0."""
+    'parts': a column for each weighted term, a row for each step; its mean 'loss'; 'share' {term:
+    of the loss}. `ValueError` if all weights are 0."""
     weights = dict(zip(TERMS, (sft, dac, span)))
     if not any(weights.values()): raise ValueError("all weights are 0: nothing would be trained")
     parts = terms_of_run()[list(TERMS)] * pd.Series(weights)
     mean = parts.mean()
-    return {"parts": parts, "loss": mean.sum(), "share": (mean / mean.sum()).to_dict(), "weights": weights}
+    return {"parts": parts, "loss": mean.sum(), "share": (mean / mean.sum()).to_dict(),
+        "weights": weights}
 
 def weighted_text(numbers: dict) -> str:
     "The numbers in a line of HTML."
@@ -229,14 +280,20 @@ def weighted_figure(numbers: dict) -> Figure:
     left.stackplot(parts.index, parts.T, colors=colours, labels=TERMS)
     for name, colour in zip(TERMS, colours):
         if numbers["weights"][name]: right.plot(parts.index, parts[name], "o-", color=colour, ms=3)
-    left.set(title="adding up to the loss", ylabel="nats"); right.set(title="each term", yscale="log", ylim=(1e-3, 10))
+    left.set(title="adding up to the loss", ylabel="nats")
+    right.set(title="each term", yscale="log", ylim=(1e-3, 10))
     left.legend(fontsize=8, frameon=False, loc="lower left")
     _powers(right.yaxis)
-    for ax in (left, right): ax.set_xlabel("step"); ax.title.set_fontsize(9); ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in (left, right):
+        ax.set_xlabel("step")
+        ax.title.set_fontsize(9)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 # %% ../nbs/14_explore.ipynb #91a7683c
 def explore_weights() -> Explorer:
-    "Sliders on `weighted_numbers`: sft and dac from 0 to 2, span from 0 to 200, since its term is so small."
-    controls = {"sft": slider("sft", 1, 0, 2, .05), "dac": slider("dac", 1, 0, 2, .05), "span": slider("span", 1, 0, 200, 1)}
+    """Sliders on `weighted_numbers`: sft and dac from 0 to 2, span from 0 to 200, since its term is
+    so small."""
+    controls = {"sft": slider("sft", 1, 0, 2, .05), "dac": slider("dac", 1, 0, 2, .05),
+        "span": slider("span", 1, 0, 200, 1)}
     return Explorer(controls, weighted_numbers, weighted_figure, weighted_text)

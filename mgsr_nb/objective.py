@@ -18,7 +18,9 @@ from .span import relation_of
 
 # %% ../nbs/09_objective.ipynb #fb888e45
 class Rows(NamedTuple):
-    "n supervised positions, and the row after each: n of them, or n - 1 at the end of all. The teacher's are None where no term needs it."
+    """n supervised positions, and the row after each: n of them, or n - 1 at the end of all.
+
+    The teacher's are None where no term needs it."""
     log_q: Tensor             # (n, V) student's log-probabilities
     q: Tensor                 # (n, V) student's probabilities
     label_log_q: Tensor       # (n,) student's log-probability of each label
@@ -28,13 +30,18 @@ class Rows(NamedTuple):
     next_p: Optional[Tensor]  # (n or n - 1, V)
     labels: Tensor            # (n,) ids of the tokens that the rows predict
     pair_weight: Tensor       # (n,) weight of the pair of this row and the next
-    policy: Optional[NamedTuple] = None  # of (n,) tensors: what a policy gradient knows of each token (notebook 12)
+    # of (n,) tensors: what a policy gradient knows of each token (notebook 12)
+    policy: Optional[NamedTuple] = None
 
-def whole_rows(log_q: Tensor, log_p: Optional[Tensor], labels: Tensor, pair_weight: Optional[Tensor] = None, policy: Optional[NamedTuple] = None) -> Rows:
-    "The `Rows` of all N positions at once, from log-probabilities (N, V) and in their graph: to try a term by itself."
-    q, teacher = log_q.exp(), (None, None, None) if log_p is None else (log_p, log_p.exp(), log_p[1:].exp())
+def whole_rows(log_q: Tensor, log_p: Optional[Tensor], labels: Tensor,
+        pair_weight: Optional[Tensor] = None, policy: Optional[NamedTuple] = None) -> Rows:
+    """The `Rows` of all N positions at once, from log-probabilities (N, V) and in their graph: to
+    try a term by itself."""
+    q = log_q.exp()
+    teacher = (None, None, None) if log_p is None else (log_p, log_p.exp(), log_p[1:].exp())
     at_labels = log_q.gather(-1, labels[:, None]).squeeze(-1)
-    return Rows(log_q, q, at_labels, q[1:], *teacher, labels, q.new_zeros(len(labels)) if pair_weight is None else pair_weight, policy)
+    return Rows(log_q, q, at_labels, q[1:], *teacher, labels,
+        q.new_zeros(len(labels)) if pair_weight is None else pair_weight, policy)
 
 class NLL(nn.Module):
     "L_SFT: -log q(label) of each ground-truth token, in nats."
@@ -43,7 +50,8 @@ class NLL(nn.Module):
         return -rows.label_log_q, {}
 
 class Divergence(nn.Module):
-    "A plain divergence over all classes, by its name in `DIVERGENCES`: the token loss of the baselines."
+    """A plain divergence over all classes, by its name in `DIVERGENCES`: the token loss of the
+    baselines."""
     text, per, needs_teacher = "distilled", "tokens", True
     def __init__(self, name: str, **options):
         super().__init__()
@@ -52,7 +60,10 @@ class Divergence(nn.Module):
         return self.between(rows.log_q, rows.log_p, **self.options), {}
 
 class DAC(nn.Module):
-    "L_DAC, Eq. 8, with whatever clips the classes; the sub-network, if there is one, is part of it and is trained with it."
+    """L_DAC, Eq.
+
+    8, with whatever clips the classes; the sub-network, if there is one, is part of it and is
+    trained with it."""
     text, per, needs_teacher = "distilled", "tokens", True
     def __init__(self, dac_kl: DACKL):
         super().__init__()
@@ -68,12 +79,14 @@ class Span(nn.Module):
         self.relation, self.between = relation, relation_of(relation)
     def forward(self, rows: Rows):
         n = len(rows.next_q)  # the last row of all has no right neighbour, and weight 0
-        q, p, weight = (x if len(x) == n else x[:n] for x in (rows.q, rows.p, rows.pair_weight))    # a slice, even of everything, costs autograd a copy
+        # a slice, even of everything, costs autograd a copy
+        q, p, weight = (x if len(x) == n else x[:n] for x in (rows.q, rows.p, rows.pair_weight))
         return self.between(q, rows.next_q, p, rows.next_p) * weight, {}
 
 # %% ../nbs/09_objective.ipynb #0cc720eb
 def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
-    "Probabilities and log-probabilities (n, V) of logits, with one exponential for both: what `log_probs` gives, and its exponential. Without a graph."
+    """Probabilities and log-probabilities (n, V) of logits, with one exponential for both: what
+    `log_probs` gives, and its exponential. Without a graph."""
     z = at_least_float32(logits.detach()).clamp_min(LOGIT_FLOOR)
     z.sub_(z.amax(-1, keepdim=True))
     x = z.exp()
@@ -81,27 +94,34 @@ def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
     return x.div_(total), z.sub_(total.log())
 
 class Student:
-    "The student's part of the rows, cut off from m logits (m, V) for n labels, m = n or n + 1: `leaves` for the terms, and `to_logits` for their gradients."
+    """The student's part of the rows, cut off from m logits (m, V) for n labels, m = n or n + 1:
+    `leaves` for the terms, and `to_logits` for their gradients."""
     def __init__(self, logits: Tensor, labels: Tensor, gradients: bool):
         n, (self.q, log_q) = len(labels), softmax_and_log(logits)
         self.logits, self.labels = logits, labels[:, None]
         label_log_q = log_q[:n].gather(-1, self.labels).squeeze(-1)
-        self.leaves = [x.detach().requires_grad_(gradients) for x in (log_q[:n], self.q[:n], label_log_q, self.q[1:])]   # the first fields of `Rows`
+        # the first fields of `Rows`
+        self.leaves = [x.detach().requires_grad_(gradients)
+            for x in (log_q[:n], self.q[:n], label_log_q, self.q[1:])]
 
-    def to_logits(self, log_q: Optional[Tensor], q: Optional[Tensor], label_log_q: Optional[Tensor], next_q: Optional[Tensor]) -> Tensor:
-        "The gradient (m, V) of the logits from those of the leaves, None for a leaf that no term read."
+    def to_logits(self, log_q: Optional[Tensor], q: Optional[Tensor], label_log_q: Optional[Tensor],
+            next_q: Optional[Tensor]) -> Tensor:
+        """The gradient (m, V) of the logits from those of the leaves, None for a leaf that no term
+        read."""
         slope, n = torch.zeros_like(self.q), len(self.labels)
         if log_q is not None: slope[:n] = log_q
         if label_log_q is not None: slope[:n].scatter_add_(-1, self.labels, label_log_q[:, None])
         if q is not None: slope[:n].addcmul_(q, self.q[:n])
         if next_q is not None: slope[1:].addcmul_(next_q, self.q[1:])
         slope.addcmul_(self.q, slope.sum(-1, keepdim=True), value=-1)
-        return slope.mul_(self.logits.clone().ge_(LOGIT_FLOOR))      # below it a logit counts as the floor, and does not move it
+        # below it a logit counts as the floor, and does not move it
+        return slope.mul_(self.logits.clone().ge_(LOGIT_FLOOR))
 
 # %% ../nbs/09_objective.ipynb #66b5b6fc
 @dataclass
 class Text:
-    "N supervised positions of one batch: hidden states, and the heads that turn them into logits, of which the first `vocab` count."
+    """N supervised positions of one batch: hidden states, and the heads that turn them into logits,
+    of which the first `vocab` count."""
     student_hidden: Tensor                    # (N, H)
     labels: Tensor                            # (N,)
     student_head: nn.Module                   # (n, H) -> (n, V or more)
@@ -111,27 +131,35 @@ class Text:
     vocab: Optional[int] = None               # V; None: all that the heads give
     policy: Optional[NamedTuple] = None       # of (N,) tensors; None: no policy gradient
 
-    def rows(self, start: int, stop: int, leaves: list[Tensor], teacher_logits: Optional[Tensor]) -> Rows:
-        "`Rows` start..stop from the student's leaves and the teacher's logits of these rows and one more."
+    def rows(self, start: int, stop: int, leaves: list[Tensor],
+            teacher_logits: Optional[Tensor]) -> Rows:
+        """`Rows` start..stop from the student's leaves and the teacher's logits of these rows and
+        one more."""
         n, teacher = stop - start, (None, None, None)
         if teacher_logits is not None:
             p, log_p = softmax_and_log(teacher_logits)
             teacher = log_p[:n], p[:n], p[1:]
-        weight = leaves[0].new_zeros(n) if self.pair_weight is None else self.pair_weight[start:stop]
+        weight = (leaves[0].new_zeros(n) if self.pair_weight is None
+            else self.pair_weight[start:stop])
         policy = self.policy and type(self.policy)(*(x[start:stop] for x in self.policy))
         return Rows(*leaves, *teacher, self.labels[start:stop], weight, policy)
 
 # %% ../nbs/09_objective.ipynb #f1a13258
 def is_plain(head: nn.Module) -> bool:
-    "Whether the head is `hidden @ weight.T` and nothing else: no bias, no hook, no weight that is computed from others."
+    """Whether the head is `hidden @ weight.T` and nothing else: no bias, no hook, no weight that is
+    computed from others."""
     hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-    return type(head) is nn.Linear and head.bias is None and "weight" in head._parameters and not hooked
+    return (type(head) is nn.Linear and head.bias is None and "weight" in head._parameters
+        and not hooked)
 
-def through_head(head: nn.Module, hidden: Tensor, logits: Tensor, slope: Tensor, totals: dict[Tensor, Tensor]) -> Tensor:
-    """The gradient (n, H) of `hidden` when `slope` (n, V) is that of `logits`, the first V outputs of `head`; the head's own is added to `totals`."""
+def through_head(head: nn.Module, hidden: Tensor, logits: Tensor, slope: Tensor,
+        totals: dict[Tensor, Tensor]) -> Tensor:
+    """The gradient (n, H) of `hidden` when `slope` (n, V) is that of `logits`, the first V outputs
+    of `head`; the head's own is added to `totals`."""
     if is_plain(head) and hidden.dtype == logits.dtype == head.weight.dtype:
         weight = head.weight.detach()[:logits.shape[-1]]
-        if head.weight in totals: totals[head.weight][:logits.shape[-1]].addmm_(slope.T, hidden.detach())
+        if head.weight in totals:
+            totals[head.weight][:logits.shape[-1]].addmm_(slope.T, hidden.detach())
         return slope @ weight
     trained = [p for p in head.parameters() if p in totals]
     to_hidden, *found = torch.autograd.grad(logits, [hidden, *trained], slope)
@@ -140,36 +168,53 @@ def through_head(head: nn.Module, hidden: Tensor, logits: Tensor, slope: Tensor,
 
 # %% ../nbs/09_objective.ipynb #ff763b0d
 class Sweep:
-    "The loss of `terms` on a text, their sums, the diagnostics' sums, and the gradients, from one visit to each row."
-    def __init__(self, text: Text, terms: dict[str, nn.Module], scale: dict[str, tuple[float, Tensor]], chunk: int, block: int):
+    """The loss of `terms` on a text, their sums, the diagnostics' sums, and the gradients, from one
+    visit to each row."""
+    def __init__(self, text: Text, terms: dict[str, nn.Module],
+            scale: dict[str, tuple[float, Tensor]], chunk: int, block: int):
         self.text, self.terms, self.scale, self.chunk, self.block = text, terms, scale, chunk, block
         self.needs_teacher = any(t.needs_teacher for t in terms.values())
-        self.own = list(dict.fromkeys(p for t in terms.values() for p in t.parameters() if p.requires_grad))    # f_sub
+        # f_sub
+        self.own = list(dict.fromkeys(p for t in terms.values()
+                for p in t.parameters() if p.requires_grad))
         self.trained = [p for p in text.student_head.parameters() if p.requires_grad] + self.own
         self.sums, self.notes, self.label_log_p = {}, {}, []
 
     def run(self, gradients: bool) -> Tensor:
-        "The loss, a scalar without a graph. With `gradients` they are left in `to_hidden` (N, H) and `totals` {parameter: gradient}."
+        """The loss, a scalar without a graph.
+
+        With `gradients` they are left in `to_hidden` (N, H) and `totals` {parameter: gradient}."""
         n, self.gradients = len(self.text.labels), gradients
-        self.loss = torch.zeros((), device=self.text.labels.device, dtype=torch.promote_types(self.text.student_hidden.dtype, torch.float32))
+        self.loss = torch.zeros((), device=self.text.labels.device,
+            dtype=torch.promote_types(self.text.student_hidden.dtype, torch.float32))
         if gradients:
-            self.to_hidden, self.totals = torch.zeros_like(self.text.student_hidden), {p: torch.zeros_like(p) for p in self.trained}
-        for start in range(0, max(n, 1), self.chunk): self.visit_chunk(start, min(start + self.chunk, n))
+            self.to_hidden = torch.zeros_like(self.text.student_hidden)
+            self.totals = {p: torch.zeros_like(p) for p in self.trained}
+        for start in range(0, max(n, 1), self.chunk):
+            self.visit_chunk(start, min(start + self.chunk, n))
         return self.loss
 
     def visit_chunk(self, start: int, stop: int) -> None:
-        "Rows start..stop and their right neighbour: to logits, through the blocks, and back to the hidden states."
+        """Rows start..stop and their right neighbour: to logits, through the blocks, and back to
+        the hidden states."""
         t = self.text
         hidden = t.student_hidden[start:stop + 1].detach().requires_grad_(self.gradients)
         with torch.set_grad_enabled(self.gradients): logits = t.student_head(hidden)[..., :t.vocab]
-        with torch.no_grad(): teacher = t.teacher_head(t.teacher_hidden[start:stop + 1])[..., :t.vocab] if self.needs_teacher else None
+        with torch.no_grad():
+            teacher = (t.teacher_head(t.teacher_hidden[start:stop + 1])[..., :t.vocab]
+                if self.needs_teacher else None)
         if self.gradients and start == 0: self.slope = torch.empty_like(logits)
         slope = self.slope[:len(logits)] if self.gradients else None
-        for a in range(start, max(stop, start + 1), self.block): self.visit_block(a, min(a + self.block, stop), start, logits.detach(), teacher, slope)
-        if self.gradients: self.to_hidden[start:stop + 1] += through_head(t.student_head, hidden, logits, slope, self.totals)
+        for a in range(start, max(stop, start + 1), self.block):
+            self.visit_block(a, min(a + self.block, stop), start, logits.detach(), teacher, slope)
+        if self.gradients:
+            self.to_hidden[start:stop + 1] += through_head(t.student_head, hidden, logits, slope,
+                self.totals)
 
-    def visit_block(self, a: int, b: int, start: int, logits: Tensor, teacher: Optional[Tensor], slope: Optional[Tensor]) -> None:
-        "Rows a..b of the chunk that begins at `start`: values and diagnostics of every term, and the gradient of the logits."
+    def visit_block(self, a: int, b: int, start: int, logits: Tensor, teacher: Optional[Tensor],
+            slope: Optional[Tensor]) -> None:
+        """Rows a..b of the chunk that begins at `start`: values and diagnostics of every term, and
+        the gradient of the logits."""
         here = slice(a - start, b + 1 - start)
         student, loss = Student(logits[here], self.text.labels[a:b], self.gradients), 0.
         rows = self.text.rows(a, b, student.leaves, None if teacher is None else teacher[here])
@@ -180,13 +225,16 @@ class Sweep:
                 weight, count = self.scale[name]
                 loss = loss + weight * total / count
                 self._add(self.sums, {name: total})
-                self._add(self.notes, {key + end: x.sum() for key, value in diagnostics.items() for end, x in (("", value), ("_squared", value.square()))})
+                self._add(self.notes, {key + end: x.sum() for key, value in diagnostics.items()
+                        for end, x in (("", value), ("_squared", value.square()))})
         self.loss += loss.detach()
-        if rows.log_p is not None: self.label_log_p.append(rows.log_p.gather(-1, rows.labels[:, None]).squeeze(-1))
+        if rows.log_p is not None:
+            self.label_log_p.append(rows.log_p.gather(-1, rows.labels[:, None]).squeeze(-1))
         if self.gradients:
             found = torch.autograd.grad(loss, [*student.leaves, *self.own], allow_unused=True)
             to_logits = student.to_logits(*found[:4])
-            if a > start: to_logits[0] += slope[a - start]      # a neighbour's row gets one part from the block before
+            # a neighbour's row gets one part from the block before
+            if a > start: to_logits[0] += slope[a - start]
             slope[here] = to_logits
             for p, gradient in zip(self.own, found[4:]):
                 if gradient is not None: self.totals[p] += gradient
@@ -206,7 +254,8 @@ class _HandOut(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, slope: Tensor):
-        if ctx.found is None: raise RuntimeError("Objective: the gradients of this loss have been handed out already")
+        if ctx.found is None:
+            raise RuntimeError("Objective: the gradients of this loss have been handed out already")
         found, ctx.found = ctx.found, None
         return None, *(g.mul_(slope) for g in found)
 
@@ -216,16 +265,22 @@ class Evaluated(NamedTuple):
     loss: Tensor                    # scalar, Eq. 11
     sums: dict[str, Tensor]         # the terms' sums over the rows, before weights and division
     notes: dict[str, Tensor]        # sums of the diagnostics, and of their squares
-    label_log_p: Optional[Tensor]   # (N,) teacher's log-probability of each token; None where no term needed the teacher
+    # (N,) teacher's log-probability of each token; None where no term needed the teacher
+    label_log_p: Optional[Tensor]
 
 class Objective(nn.Module):
     """Eq. 11: the terms by name, their weights, and how many rows are projected at once.
 
-    Terms of weight 0 should not be in it: they would cost their computation. `block_rows` = 0 chooses: 16 on a CPU, where a block should fit the cache, unless
-    a term is so large (f_sub with 3V inputs) that adding up its gradient costs more; else the whole chunk."""
-    def __init__(self, terms: dict[str, nn.Module], weights: dict[str, float], chunk_tokens: int = 256, block_rows: int = 0):
+    Terms of weight 0 should not be in it: they would cost their computation. `block_rows` = 0
+    chooses: 16 on a CPU, where a block should fit the cache, unless a term is so large (f_sub with
+    3V inputs) that adding up its gradient costs more; else the whole chunk."""
+    def __init__(self, terms: dict[str, nn.Module], weights: dict[str, float],
+            chunk_tokens: int = 256, block_rows: int = 0):
         super().__init__()
-        self.terms, self.weights, self.chunk_tokens, self.block_rows = nn.ModuleDict(terms), weights, chunk_tokens, block_rows
+        self.terms = nn.ModuleDict(terms)
+        self.weights = weights
+        self.chunk_tokens = chunk_tokens
+        self.block_rows = block_rows
 
     def on(self, *texts: str) -> list[str]:
         "Names of the terms that are computed on these texts (`data`, `distilled`)."
@@ -237,14 +292,20 @@ class Objective(nn.Module):
         return self.block_rows or (16 if device.type == "cpu" and small else self.chunk_tokens)
 
     def forward(self, text: Text, names: list[str], counts: dict[str, Tensor]) -> Evaluated:
-        """The named terms on `text`: each sum divided by its count (`data_tokens`, `distilled_tokens`, `distilled_spans`; at least 1) and times its weight.
+        """The named terms on `text`: each sum divided by its count (`data_tokens`,
+        `distilled_tokens`, `distilled_spans`; at least 1) and times its weight.
 
-        No rows give a loss of 0 that still has a graph. The gradients are computed here, not in `backward`, which may be called once."""
+        No rows give a loss of 0 that still has a graph. The gradients are computed here, not in
+        `backward`, which may be called once."""
         scale = {name: (self.weights[name], self.denominator(name, counts)) for name in names}
-        sweep = Sweep(text, {name: self.terms[name] for name in names}, scale, self.chunk_tokens, self.block(text.labels.device))
-        differentiate = torch.is_grad_enabled() and (text.student_hidden.requires_grad or len(sweep.trained) > 0)
-        loss = _HandOut.apply(sweep, text.student_hidden, *sweep.trained) if differentiate else sweep.run(gradients=False)
-        return Evaluated(loss, sweep.sums, sweep.notes, torch.cat(sweep.label_log_p) if sweep.label_log_p else None)
+        sweep = Sweep(text, {name: self.terms[name] for name in names}, scale, self.chunk_tokens,
+            self.block(text.labels.device))
+        differentiate = (torch.is_grad_enabled()
+            and (text.student_hidden.requires_grad or len(sweep.trained) > 0))
+        loss = (_HandOut.apply(sweep, text.student_hidden, *sweep.trained) if differentiate
+            else sweep.run(gradients=False))
+        return Evaluated(loss, sweep.sums, sweep.notes,
+            torch.cat(sweep.label_log_p) if sweep.label_log_p else None)
 
     def denominator(self, name: str, counts: dict[str, Tensor]) -> Tensor:
         "What the sum of a term is divided by; 1 where there is nothing to divide."

@@ -18,7 +18,8 @@ from .models import CACHE, decoder
 
 # %% ../nbs/10_sampling.ipynb #d677d5c2
 def generator_for(*key, device="cpu") -> torch.Generator:
-    "A generator on `device`, seeded by the key's values: a pure function of the key (CPU and CUDA have different streams)."
+    """A generator on `device`, seeded by the key's values: a pure function of the key (CPU and CUDA
+    have different streams)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -28,10 +29,12 @@ def noise(generators: Sequence[torch.Generator], vocab: int) -> Tensor:
     return torch.stack([torch.rand(vocab, generator=g, device=g.device) for g in generators])
 
 def draw_tokens(logits: Tensor, u: Tensor, temperature: float = 1.) -> Tensor:
-    "Token ids (...) drawn from softmax of `logits` (..., V) / `temperature` by an exponential race with the uniform numbers `u` (..., V); at temperature 0 the likeliest."
+    """Token ids (...) drawn from softmax of `logits` (..., V) / `temperature` by an exponential
+    race with the uniform numbers `u` (..., V); at temperature 0 the likeliest."""
     if temperature == 0: return logits.argmax(-1)
     if temperature != 1: logits = logits.float() / temperature
-    # `rand` returns exactly 0 once in 2^24 draws; a class that can occur must still arrive some time
+    # `rand` returns exactly 0 once in 2^24 draws; a class that can occur must still arrive some
+    # time
     return (logits.float().softmax(-1) / -u.clamp_min(torch.finfo(u.dtype).tiny).log()).argmax(-1)
 
 # %% ../nbs/10_sampling.ipynb #df5edbdf
@@ -54,26 +57,33 @@ def _transposed(linear: nn.Linear, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def few_rows(*models: nn.Module):
-    "On a CPU, compute plain linear layers by `_transposed` inside: one token of a few texts is bound by reading the weights, and a BLAS reads them faster as its left factor."
-    layers = [m for model in models for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu" and "forward" not in vars(m)]
+    """On a CPU, compute plain linear layers by `_transposed` inside: one token of a few texts is
+    bound by reading the weights, and a BLAS reads them faster as its left factor."""
+    layers = [m for model in models for m in model.modules() if type(m) is nn.Linear
+        and m.weight.device.type == "cpu" and "forward" not in vars(m)]
     for m in layers: m.forward = functools.partial(_transposed, m)
     try: yield
     finally:
         for m in layers: del m.forward
 
 class _NextToken:
-    "Logits (B, vocab) of the next token, of one model or of its mixture with a teacher; every model keeps its own cache."
+    """Logits (B, vocab) of the next token, of one model or of its mixture with a teacher; every
+    model keeps its own cache."""
     def __init__(self, model: nn.Module, vocab: int, mix: Optional[tuple[nn.Module, float]]):
         teacher, self.alpha = mix or (None, 0.)
-        self.models, self.vocab = [model, teacher] if self.alpha else [model], vocab   # a share of 0 costs nothing
+        # a share of 0 costs nothing
+        self.models, self.vocab = [model, teacher] if self.alpha else [model], vocab
         self.caches = [None] * len(self.models)
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        results = [model(**inputs, **{CACHE: cache}) for model, cache in zip(self.models, self.caches)]
+        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+            logits_to_keep=1)
+        results = [model(**inputs, **{CACHE: cache})
+            for model, cache in zip(self.models, self.caches)]
         self.caches = [getattr(r, CACHE) for r in results]
         logits = [r.logits[:, -1, :self.vocab] for r in results]
-        return log_mixture(log_probs(logits[1]), log_probs(logits[0]), self.alpha) if self.alpha else logits[0]
+        return (log_mixture(log_probs(logits[1]), log_probs(logits[0]), self.alpha) if self.alpha
+            else logits[0])
 
 def _keep(caches: list, tensors: list[Tensor], rows: Tensor) -> list[Tensor]:
     "Keep only `rows` of the caches (in place) and of each tensor."
@@ -81,63 +91,84 @@ def _keep(caches: list, tensors: list[Tensor], rows: Tensor) -> list[Tensor]:
     return [t[rows] for t in tensors]
 
 # %% ../nbs/10_sampling.ipynb #a6ececfd
-def generate(model: nn.Module, prompts: Sequence[list[int]], keys: Sequence[tuple], limits: Sequence[int], stops: Sequence[int], pad_id: int,
-             vocab: int, mix: Optional[tuple[nn.Module, float]] = None, past: Optional["Reading"] = None, temperature: float = 1.) -> list[list[int]]:
-    """A sampled response (ids) for each of B prompts: at most `limits[b]` tokens, ending with the first stop id, which is kept.
+def generate(model: nn.Module, prompts: Sequence[list[int]], keys: Sequence[tuple],
+        limits: Sequence[int], stops: Sequence[int], pad_id: int,
+             vocab: int, mix: Optional[tuple[nn.Module, float]] = None,
+             past: Optional["Reading"] = None, temperature: float = 1.) -> list[list[int]]:
+    """A sampled response (ids) for each of B prompts: at most `limits[b]` tokens, ending with the
+    first stop id, which is kept.
 
-    Row b draws from the generator of `keys[b]`, whatever else is in the batch. Only the first `vocab` ids are drawn.
-    With `mix=(teacher, alpha)`, 0 <= alpha < 1, each token is drawn from alpha p + (1 - alpha) q, where q is `model`.
-    `temperature` divides the logits (of a mixture: its logarithm); at 0 the likeliest token is taken.
-    `past`: the model's `Reading` of the prompts' beginnings (below), used up by this; without one, or with `mix`, prompts are read from their start."""
+    Row b draws from the generator of `keys[b]`, whatever else is in the batch. Only the first
+    `vocab` ids are drawn. With `mix=(teacher, alpha)`, 0 <= alpha < 1, each token is drawn from
+    alpha p + (1 - alpha) q, where q is `model`. `temperature` divides the logits (of a mixture: its
+    logarithm); at 0 the likeliest token is taken. `past`: the model's `Reading` of the prompts'
+    beginnings (below), used up by this; without one, or with `mix`, prompts are read from their
+    start."""
     todo = [b for b, limit in enumerate(limits) if limit > 0]
     texts = [[] for _ in prompts]
     if not todo: return texts
     next_token = _NextToken(model, vocab, mix)
     with evaluating(*next_token.models), few_rows(*next_token.models):
-        start = _begin(next_token, [prompts[b] for b in todo], pad_id, past if next_token.alpha == 0 else None, todo)
-        table = _decode(next_token, start, [keys[b] for b in todo], [limits[b] for b in todo], stops, temperature)
-    for b, row in zip(todo, table.tolist()): texts[b] = cut_at_stop([i for i in row[:limits[b]] if i >= 0], stops)
+        start = _begin(next_token, [prompts[b] for b in todo], pad_id,
+            past if next_token.alpha == 0 else None, todo)
+        table = _decode(next_token, start, [keys[b] for b in todo], [limits[b] for b in todo],
+            stops, temperature)
+    for b, row in zip(todo, table.tolist()):
+        texts[b] = cut_at_stop([i for i in row[:limits[b]] if i >= 0], stops)
     return texts
 
 def _begin(next_token: _NextToken, prompts, pad_id, past, rows) -> tuple[Tensor, Tensor, Tensor]:
-    "Ids to read first, the attention mask up to them, their positions: all of the prompts, or what `past`, of which these are `rows`, has not read."
+    """Ids to read first, the attention mask up to them, their positions: all of the prompts, or
+    what `past`, of which these are `rows`, has not read."""
     device = next(next_token.models[0].parameters()).device
     if past is None:
         batch = collate([(p, []) for p in prompts], pad_id, side="left").to(device)
         return batch.input_ids, batch.attention_mask, batch.position_ids
     chosen = torch.tensor(rows, device=device)
-    past.cut([len(p) - 1 for p in prompts], chosen)      # something has to be read, for the first token to be predicted
+    # something has to be read, for the first token to be predicted
+    past.cut([len(p) - 1 for p in prompts], chosen)
     past.cache.batch_select_indices(chosen)
     next_token.caches, columns = [past.cache], past.columns[chosen]
     known = (columns.amax(1) + 1).tolist()
     batch = collate([(p[k:], []) for p, k in zip(prompts, known)], pad_id, side="left").to(device)
-    return batch.input_ids, torch.cat([(columns >= 0).long(), batch.attention_mask], 1), batch.position_ids + torch.tensor(known, device=device)[:, None]
+    return (batch.input_ids, torch.cat([(columns >= 0).long(), batch.attention_mask], 1),
+        batch.position_ids + torch.tensor(known, device=device)[:, None])
 
 def _decode(next_token: _NextToken, start, keys, limits, stops, temperature) -> Tensor:
     "The loop of `generate`: (B, max(limits)) ids, -1 where a row had ended."
     (ids, mask, positions), device = start, start[0].device
-    generators, ends = [generator_for(*key, device=device) for key in keys], torch.tensor(limits, device=device)
-    stop_ids, table = torch.tensor(list(stops), device=device), torch.full((len(limits), max(limits)), -1, device=device)
-    place = torch.arange(len(limits), device=device)   # the row of `table` that each row still in the batch fills
+    generators = [generator_for(*key, device=device) for key in keys]
+    ends = torch.tensor(limits, device=device)
+    stop_ids = torch.tensor(list(stops), device=device)
+    table = torch.full((len(limits), max(limits)), -1, device=device)
+    # the row of `table` that each row still in the batch fills
+    place = torch.arange(len(limits), device=device)
     alive = torch.ones_like(place, dtype=torch.bool)
     for t in range(max(limits)):
-        token = draw_tokens(next_token(ids, mask, positions), noise(generators, next_token.vocab), temperature)
+        token = draw_tokens(next_token(ids, mask, positions), noise(generators, next_token.vocab),
+            temperature)
         table[place, t] = torch.where(alive, token, -1)
         alive = alive & ~torch.isin(token, stop_ids) & (t + 1 < ends[place])
-        ids, positions, mask = token[:, None], positions[:, -1:] + alive[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        if t % 4 < 3 and t > 3: continue   # looking at `alive` waits for the device, so not at every token
+        ids = token[:, None]
+        positions = positions[:, -1:] + alive[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        # looking at `alive` waits for the device, so not at every token
+        if t % 4 < 3 and t > 3: continue
         left = alive.nonzero().squeeze(-1)
         if len(left) == 0: break
         if len(left) <= 0.75 * len(alive):
             generators = [generators[i] for i in left.tolist()]
-            ids, positions, mask, place, alive = _keep(next_token.caches, [ids, positions, mask, place, alive], left)
+            ids, positions, mask, place, alive = _keep(next_token.caches,
+                [ids, positions, mask, place, alive], left)
     return table
 
 # %% ../nbs/10_sampling.ipynb #f776b52d
 class Reading:
-    """What `model` made of B texts (ids), in evaluation mode: `hidden` (B, T, H) by place in the text, and what it takes to read on.
+    """What `model` made of B texts (ids), in evaluation mode: `hidden` (B, T, H) by place in the
+    text, and what it takes to read on.
 
-    `columns` (B, C): the place in the text of each column of the cache, -1 where it holds nothing, or nothing that still counts."""
+    `columns` (B, C): the place in the text of each column of the cache, -1 where it holds nothing,
+    or nothing that still counts."""
     def __init__(self, model: nn.Module, texts: Sequence[list[int]], pad_id: int):
         self.model, self.pad_id, self.cache = model, pad_id, None
         self.device = next(model.parameters()).device
@@ -148,31 +179,38 @@ class Reading:
     def cut(self, starts: Sequence[int], rows=slice(None)) -> None:
         "Forget what stands at or behind `starts[b]`, of all texts or of `rows`."
         columns = self.columns[rows]
-        self.columns[rows] = torch.where(columns < torch.tensor(starts, device=self.device)[:, None], columns, -1)
+        self.columns[rows] = torch.where(columns < torch.tensor(starts, device=self.device)[:,
+                None], columns, -1)
 
     def replace(self, starts: Sequence[int], endings: Sequence[list[int]]) -> None:
-        "Text b goes on with `endings[b]` at place `starts[b]`; the columns of padding are masked like those crossed out."
+        """Text b goes on with `endings[b]` at place `starts[b]`; the columns of padding are masked
+        like those crossed out."""
         self.cut(starts)
         width = max(map(len, endings))
         if width == 0: return
-        ids = torch.tensor([e + [self.pad_id] * (width - len(e)) for e in endings], device=self.device)
-        places = torch.tensor([[s + i if i < len(e) else -1 for i in range(width)] for s, e in zip(starts, endings)], device=self.device)
+        ids = torch.tensor([e + [self.pad_id] * (width - len(e)) for e in endings],
+            device=self.device)
+        places = torch.tensor([[s + i if i < len(e) else -1 for i in range(width)]
+                for s, e in zip(starts, endings)], device=self.device)
         self.columns = torch.cat([self.columns, places], 1)
         with evaluating(self.model):
-            result = decoder(self.model)(input_ids=ids, attention_mask=(self.columns >= 0).long(), position_ids=places.clamp(min=0), use_cache=True, **{CACHE: self.cache})
+            result = decoder(self.model)(input_ids=ids, attention_mask=(self.columns >= 0).long(),
+                position_ids=places.clamp(min=0), use_cache=True, **{CACHE: self.cache})
         self.cache = getattr(result, CACHE)
         self._store(result[0], starts, [len(e) for e in endings])
 
     def _store(self, new: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> None:
         at = [(b, i, s + i) for b, (s, n) in enumerate(zip(starts, lengths)) for i in range(n)]
         rows, sources, places = torch.tensor(at, device=self.device).T
-        longer = max(s + n for s, n in zip(starts, lengths)) - (0 if self.hidden is None else self.hidden.shape[1])
+        longer = max(s + n for s, n in zip(starts, lengths)) - (0 if self.hidden is None
+            else self.hidden.shape[1])
         if self.hidden is None: self.hidden = new.new_zeros(len(new), longer, new.shape[-1])
         elif longer > 0: self.hidden = nn.functional.pad(self.hidden, (0, 0, 0, longer))
         self.hidden[rows, places] = new[rows, sources]
 
     def predicting(self, prompts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        "(N, H): the states that predict the `lengths[b]` tokens behind a prompt of `prompts[b]` tokens, response after response."
+        """(N, H): the states that predict the `lengths[b]` tokens behind a prompt of `prompts[b]`
+        tokens, response after response."""
         at = [(b, p - 1 + i) for b, (p, n) in enumerate(zip(prompts, lengths)) for i in range(n)]
         rows, places = torch.tensor(at, dtype=torch.long, device=self.device).reshape(-1, 2).T
         return self.hidden[rows, places]
@@ -182,36 +220,46 @@ Pairs = list[tuple[list[int], list[int]]]   # (prompt ids, response ids)
 
 class Fixed:
     "The responses of the training data."
-    def __call__(self, step: int, examples: Sequence[Encoded], rows: Sequence[int]) -> tuple[Pairs, str]:
-        "Pairs for the examples, which are `rows` of the global batch of `step`, and their origin: `data`, `student` or `replay`."
+    def __call__(self, step: int, examples: Sequence[Encoded], rows: Sequence[int]) -> tuple[Pairs,
+            str]:
+        """Pairs for the examples, which are `rows` of the global batch of `step`, and their origin:
+        `data`, `student` or `replay`."""
         return [(e.prompt_ids, e.response_ids) for e in examples], "data"
     # what a source with a memory does: see OffPolicy
-    def remember(self, pairs: Pairs) -> None: "Student text (revised, if it was) of a step of origin `student`, of all processes."
+    def remember(self, pairs: Pairs) -> None:
+        "Student text (revised, if it was) of a step of origin `student`, of all processes."
     def validated(self, loss: float) -> None: "Validation loss, nats a token."
     def state_dict(self) -> dict: return {}
     def load_state_dict(self, state: dict) -> None: "Nothing to load."
 
 class OnPolicy(Fixed):
-    "The student's samples. `sample(prompts, keys, limits)` draws them; each row's key is (seed, 'sample', step, row)."
+    """The student's samples.
+
+    `sample(prompts, keys, limits)` draws them; each row's key is (seed, 'sample', step, row)."""
     def __init__(self, sample: Callable, seed: int, max_new_tokens: int):
         self.sample, self.seed, self.max_new_tokens = sample, seed, max_new_tokens
     def __call__(self, step, examples, rows):
         prompts = [e.prompt_ids for e in examples]
-        responses = self.sample(prompts, [(self.seed, "sample", step, row) for row in rows], [self.max_new_tokens] * len(prompts))
+        responses = self.sample(prompts, [(self.seed, "sample", step, row) for row in rows],
+            [self.max_new_tokens] * len(prompts))
         return list(zip(prompts, responses)), "student"
 
 class Mixed(Fixed):
-    "On-policy in a share of the steps, else fixed: one draw a step, a function of (seed, step), so equal in all processes and after a resume."
+    """On-policy in a share of the steps, else fixed: one draw a step, a function of (seed, step),
+    so equal in all processes and after a resume."""
     def __init__(self, on_policy: OnPolicy, fraction: float, seed: int):
         self.on_policy, self.fixed, self.fraction, self.seed = on_policy, Fixed(), fraction, seed
     def draws_student(self, step: int) -> bool:
-        return bool(torch.rand((), generator=generator_for(self.seed, "mixed", step)) < self.fraction)
+        return bool(torch.rand((), generator=generator_for(self.seed, "mixed", step))
+            < self.fraction)
     def __call__(self, step, examples, rows):
         return (self.on_policy if self.draws_student(step) else self.fixed)(step, examples, rows)
 
 # %% ../nbs/10_sampling.ipynb #ec43d6f2
-def sampler(model: nn.Module, stops: Sequence[int], pad_id: int, vocab: int, mix: Optional[tuple[nn.Module, float]] = None, temperature: float = 1.) -> Callable:
-    "`sample(prompts, keys, limits, past)` for the sources, for SCRG and for evaluation: responses of `model`, or of its `mix`ture, each a function of its key."
+def sampler(model: nn.Module, stops: Sequence[int], pad_id: int, vocab: int,
+        mix: Optional[tuple[nn.Module, float]] = None, temperature: float = 1.) -> Callable:
+    """`sample(prompts, keys, limits, past)` for the sources, for SCRG and for evaluation: responses
+    of `model`, or of its `mix`ture, each a function of its key."""
     def sample(prompts, keys, limits, past=None):
         return generate(model, prompts, keys, limits, stops, pad_id, vocab, mix, past, temperature)
     return sample
@@ -219,23 +267,32 @@ def sampler(model: nn.Module, stops: Sequence[int], pad_id: int, vocab: int, mix
 # %% ../nbs/10_sampling.ipynb #0caa38e9
 class OffPolicy(Fixed):
     "DistiLLM's adaptive off-policy schedule around `on_policy`; `threshold` is the start of phi."
-    def __init__(self, on_policy: OnPolicy, seed: int, max_steps: int, batch_size: int, capacity: int = 1000, threshold: float = 0.0):
-        if capacity < batch_size: raise ValueError(f"buffer_size: {capacity} texts cannot fill a batch of {batch_size}; allowed: at least batch_size")
-        self.on_policy, self.seed, self.max_steps, self.batch_size = on_policy, seed, max_steps, batch_size
+    def __init__(self, on_policy: OnPolicy, seed: int, max_steps: int, batch_size: int,
+            capacity: int = 1000, threshold: float = 0.0):
+        if capacity < batch_size:
+            raise ValueError(f"buffer_size: {capacity} texts cannot fill a batch of {batch_size}; "
+                "allowed: at least batch_size")
+        self.on_policy = on_policy
+        self.seed = seed
+        self.max_steps = max_steps
+        self.batch_size = batch_size
         self.buffer, self.threshold, self.reference = deque(maxlen=capacity), threshold, None
 
     def choice(self, step: int) -> str:
-        "`student`, `replay` or `data`: a function of (seed, step) and the state, which is equal in all processes."
+        """`student`, `replay` or `data`: a function of (seed, step) and the state, which is equal
+        in all processes."""
         r = float(torch.rand((), generator=generator_for(self.seed, "off_policy", step)))
         full, enough = len(self.buffer) == self.buffer.maxlen, len(self.buffer) >= self.batch_size
-        if r < self.threshold * (1 - step / self.max_steps) or r < self.threshold and not full: return "student"
+        if r < self.threshold * (1 - step / self.max_steps) or r < self.threshold and not full:
+            return "student"
         return "replay" if r < self.threshold and enough else "data"
 
     def __call__(self, step, examples, rows):
         choice = self.choice(step)
         if choice == "student": return self.on_policy(step, examples, rows)
         if choice == "data": return super().__call__(step, examples, rows)
-        order = torch.randperm(len(self.buffer), generator=generator_for(self.seed, "replay", step)).tolist()
+        order = torch.randperm(len(self.buffer),
+            generator=generator_for(self.seed, "replay", step)).tolist()
         return [self.buffer[order[row]] for row in rows], "replay"
 
     def remember(self, pairs):
@@ -243,11 +300,14 @@ class OffPolicy(Fixed):
 
     def validated(self, loss):
         if self.reference is None: self.reference = loss
-        elif loss >= self.reference + 0.1: self.threshold, self.reference = min(self.threshold + 0.1, 1.0), loss
+        elif loss >= self.reference + 0.1:
+            self.threshold, self.reference = min(self.threshold + 0.1, 1.0), loss
 
     def state_dict(self):
-        return {"buffer": [[list(ids) for ids in pair] for pair in self.buffer], "threshold": self.threshold, "reference": self.reference}
+        return {"buffer": [[list(ids) for ids in pair] for pair in self.buffer],
+            "threshold": self.threshold, "reference": self.reference}
 
     def load_state_dict(self, state):
-        self.buffer.clear(); self.buffer.extend((x, y) for x, y in state["buffer"])
+        self.buffer.clear()
+        self.buffer.extend((x, y) for x, y in state["buffer"])
         self.threshold, self.reference = state["threshold"], state["reference"]

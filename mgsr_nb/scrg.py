@@ -18,7 +18,10 @@ from .sampling import Pairs, Reading, draw_tokens, generator_for, noise
 
 # %% ../nbs/11_scrg.ipynb #767e1dce
 def error_position(kl: Tensor, student_ids: Tensor, teacher_ids: Tensor) -> Tensor:
-    "Eq. 3 for responses of n tokens: argmax of `kl` (..., n) over the positions where the ids (..., n) differ and it is above -inf, -1 if there is none -> (...)."
+    """Eq.
+
+    3 for responses of n tokens: argmax of `kl` (..., n) over the positions where the ids (..., n)
+    differ and it is above -inf, -1 if there is none -> (...)."""
     candidate = torch.where(student_ids != teacher_ids, kl, -torch.inf)
     return torch.where((candidate > -torch.inf).any(-1), candidate.argmax(-1), -1)
 
@@ -49,7 +52,8 @@ def corrected_prefix(response: list[int], j: int, teacher_id: int) -> list[int]:
 # %% ../nbs/11_scrg.ipynb #4403f63e
 @dataclass
 class Scores:
-    "Of N response tokens in a row, on the device: KL between the models and log-probabilities of the tokens (nats), the teacher's token, and how many belong to each response."
+    """Of N response tokens in a row, on the device: KL between the models and log-probabilities of
+    the tokens (nats), the teacher's token, and how many belong to each response."""
     kl: Tensor              # (N,)
     teacher_ids: Tensor     # (N,)
     student_ids: Tensor     # (N,)
@@ -64,61 +68,85 @@ class Scores:
 DIRECTIONS = {"student_teacher": reverse_kl, "teacher_student": forward_kl}
 
 class Scorer:
-    "Compares student and teacher on the student's text: the KL of `direction`, and the teacher's token (`sample`, one draw, or `greedy`)."
-    def __init__(self, student: nn.Module, teacher: nn.Module, pad_id: int, vocab: int, direction: str = "student_teacher",
+    """Compares student and teacher on the student's text: the KL of `direction`, and the teacher's
+    token (`sample`, one draw, or `greedy`)."""
+    def __init__(self, student: nn.Module, teacher: nn.Module, pad_id: int, vocab: int,
+            direction: str = "student_teacher",
                  teacher_token: str = "sample", chunk_tokens: int = 256):
         self.student, self.teacher, self.pad_id, self.vocab = student, teacher, pad_id, vocab
-        self.kl, self.greedy, self.chunk_tokens = DIRECTIONS[direction].from_log_probs, teacher_token == "greedy", chunk_tokens
+        self.kl = DIRECTIONS[direction].from_log_probs
+        self.greedy = teacher_token == "greedy"
+        self.chunk_tokens = chunk_tokens
 
     def read(self, pairs: Pairs) -> tuple[Reading, Reading]:
         "Both models' readings of the pairs, student first."
-        return tuple(Reading(m, [x + y for x, y in pairs], self.pad_id) for m in (self.student, self.teacher))
+        return tuple(Reading(m, [x + y for x, y in pairs], self.pad_id)
+            for m in (self.student, self.teacher))
 
-    def __call__(self, pairs: Pairs, keys: Sequence[tuple], readings: Optional[tuple[Reading, Reading]] = None) -> Scores:
-        "`Scores` of the pairs, from their `readings`; the teacher's draws for pair b come from the generator of `keys[b]`. No keys: no draws, the teacher's best tokens."
+    def __call__(self, pairs: Pairs, keys: Sequence[tuple],
+            readings: Optional[tuple[Reading, Reading]] = None) -> Scores:
+        """`Scores` of the pairs, from their `readings`; the teacher's draws for pair b come from
+        the generator of `keys[b]`. No keys: no draws, the teacher's best tokens."""
         readings = readings or self.read(pairs)
-        prompts, lengths, device = [len(x) for x, _ in pairs], [len(y) for _, y in pairs], readings[0].device
-        generators = [g for key, n in zip(keys, lengths) for g in [generator_for(*key, device=device)] * n]
+        prompts = [len(x) for x, _ in pairs]
+        lengths = [len(y) for _, y in pairs]
+        device = readings[0].device
+        generators = [g for key, n in zip(keys, lengths)
+            for g in [generator_for(*key, device=device)] * n]
         ids = torch.tensor([i for _, y in pairs for i in y], dtype=torch.long, device=device)
         hidden = [r.predicting(prompts, lengths) for r in readings]
         part = lambda x, a: x[a:a + self.chunk_tokens]
-        with torch.no_grad(): found = [self._chunk(*(part(h, a) for h in hidden), part(ids, a), part(generators, a)) for a in range(0, max(len(ids), 1), self.chunk_tokens)]
+        with torch.no_grad():
+            found = [self._chunk(*(part(h, a) for h in hidden), part(ids, a), part(generators, a))
+                for a in range(0, max(len(ids), 1), self.chunk_tokens)]
         kl, teacher_ids, log_q, log_p = (torch.cat(column) for column in zip(*found))
         return Scores(kl, teacher_ids, ids, log_q, log_p, lengths)
 
     def _chunk(self, student_hidden, teacher_hidden, ids, generators):
         log_q = log_probs(head_logits(self.student, student_hidden, self.vocab))
         log_p = log_probs(head_logits(self.teacher, teacher_hidden, self.vocab))
-        teacher_ids = log_p.argmax(-1) if self.greedy or not generators else draw_tokens(log_p, noise(generators, self.vocab))
-        return self.kl(log_q, log_p), teacher_ids, *(x.gather(-1, ids[:, None]).squeeze(-1) for x in (log_q, log_p))
+        teacher_ids = (log_p.argmax(-1) if self.greedy or not generators
+            else draw_tokens(log_p, noise(generators, self.vocab)))
+        return self.kl(log_q, log_p), teacher_ids, *(x.gather(-1, ids[:, None]).squeeze(-1)
+            for x in (log_q, log_p))
 
 # %% ../nbs/11_scrg.ipynb #21d1d24b
 @dataclass
 class Revision:
-    "What SCRG did to each response: its new text, and of the first correction the position (-1: none), the KL there, the two tokens, and the teacher's opinion of what it threw away."
+    """What SCRG did to each response: its new text, and of the first correction the position (-1:
+    none), the KL there, the two tokens, and the teacher's opinion of what it threw away."""
     pairs: Pairs
     position: list[int]
     kl: list[float]                         # nats
     student_id: list[int]
     teacher_id: list[int]
-    rest_log_p: list[float]                 # teacher's mean log-probability of y^s_>j, nats a token; NaN where there is none
-    teacher_hidden: Optional[Tensor] = None # (N, H) of the new texts' tokens: the teacher has read them
+    # teacher's mean log-probability of y^s_>j, nats a token; NaN where there is none
+    rest_log_p: list[float]
+    # (N, H) of the new texts' tokens: the teacher has read them
+    teacher_hidden: Optional[Tensor] = None
 
     def followed_by(self, later: "Revision") -> "Revision":
         "The texts of `later`, and for each response the first correction of the two."
-        pick = lambda name: [getattr(self if j >= 0 else later, name)[b] for b, j in enumerate(self.position)]
-        return Revision(later.pairs, *(pick(name) for name in ("position", "kl", "student_id", "teacher_id", "rest_log_p")), later.teacher_hidden)
+        pick = lambda name: [getattr(self if j >= 0 else later, name)[b]
+            for b, j in enumerate(self.position)]
+        return Revision(later.pairs, *(pick(name)
+                for name in ("position", "kl", "student_id", "teacher_id", "rest_log_p")),
+            later.teacher_hidden)
 
     def summary(self) -> dict[str, float]:
-        "Share of corrected responses, mean position of the first correction (tokens), mean KL there (nats)."
+        """Share of corrected responses, mean position of the first correction (tokens), mean KL
+        there (nats)."""
         found = [b for b, j in enumerate(self.position) if j >= 0]
         mean = lambda values: sum(values) / len(values) if values else 0.
-        return {"scrg_corrected": len(found) / max(len(self.position), 1), "scrg_position": mean([self.position[b] for b in found]),
+        return {"scrg_corrected": len(found) / max(len(self.position), 1),
+            "scrg_position": mean([self.position[b] for b in found]),
                 "scrg_kl": mean([self.kl[b] for b in found])}
 
 class SCRG:
-    "Revises student-written pairs: `scorer` reads them, `detect` ranks the positions, `sample(prompts, keys, limits, past)` re-generates (Eq. 3, 4)."
-    def __init__(self, scorer: Scorer, sample: Callable, stops: Sequence[int], seed: int, max_new_tokens: int, corrections: int = 1, detect: Callable = MaxKL()):
+    """Revises student-written pairs: `scorer` reads them, `detect` ranks the positions,
+    `sample(prompts, keys, limits, past)` re-generates (Eq. 3, 4)."""
+    def __init__(self, scorer: Scorer, sample: Callable, stops: Sequence[int], seed: int,
+            max_new_tokens: int, corrections: int = 1, detect: Callable = MaxKL()):
         self.scorer, self.sample, self.stops, self.seed = scorer, sample, set(stops), seed
         self.max_new_tokens, self.corrections, self.detect = max_new_tokens, corrections, detect
 
@@ -127,48 +155,68 @@ class SCRG:
         student, teacher = self.scorer.read(pairs)
         first = self._once(step, 0, pairs, rows, student, teacher)
         for turn in range(1, self.corrections):
-            student = Reading(self.scorer.student, [x + y for x, y in first.pairs], self.scorer.pad_id)   # the last one was used up by writing
+            # the last one was used up by writing
+            student = Reading(self.scorer.student, [x + y for x, y in first.pairs],
+                self.scorer.pad_id)
             first = first.followed_by(self._once(step, turn, first.pairs, rows, student, teacher))
-        first.teacher_hidden = teacher.predicting([len(x) for x, _ in first.pairs], [len(y) for _, y in first.pairs])
+        first.teacher_hidden = teacher.predicting([len(x) for x, _ in first.pairs],
+            [len(y) for _, y in first.pairs])
         return first
 
-    def _once(self, step: int, turn: int, pairs: Pairs, rows: Sequence[int], student: Reading, teacher: Reading) -> Revision:
+    def _once(self, step: int, turn: int, pairs: Pairs, rows: Sequence[int], student: Reading,
+            teacher: Reading) -> Revision:
         key = lambda what: [(self.seed, what, step, row, turn) for row in rows]
-        j, kl, student_id, teacher_id, rest_log_p = self._detect(self.scorer(pairs, key("teacher"), (student, teacher)), key("detect"))
-        prefixes = [corrected_prefix(y, j[b], teacher_id[b]) if j[b] >= 0 else y for b, (_, y) in enumerate(pairs)]
+        j, kl, student_id, teacher_id, rest_log_p = self._detect(self.scorer(pairs, key("teacher"),
+                (student, teacher)), key("detect"))
+        prefixes = [corrected_prefix(y, j[b], teacher_id[b]) if j[b] >= 0 else y
+            for b, (_, y) in enumerate(pairs)]
         # nothing to write where nothing was corrected, or where the teacher stops
-        room = [self.max_new_tokens - len(y) if j[b] >= 0 and y[-1] not in self.stops else 0 for b, y in enumerate(prefixes)]
-        kept = [len(x) + (j[b] if j[b] >= 0 else len(y)) for b, (x, y) in enumerate(pairs)]      # of the whole text
+        room = [self.max_new_tokens - len(y) if j[b] >= 0 and y[-1] not in self.stops else 0
+            for b, y in enumerate(prefixes)]
+        # of the whole text
+        kept = [len(x) + (j[b] if j[b] >= 0 else len(y)) for b, (x, y) in enumerate(pairs)]
         student.cut(kept)
-        rest = self.sample([x + y for (x, _), y in zip(pairs, prefixes)], key("rewrite"), [max(r, 0) for r in room], student)
+        rest = self.sample([x + y for (x, _), y in zip(pairs, prefixes)], key("rewrite"),
+            [max(r, 0) for r in room], student)
         revised = [(x, y + z) for (x, _), y, z in zip(pairs, prefixes, rest)]
         teacher.replace(kept, [(x + y)[k:] for (x, y), k in zip(revised, kept)])
         return Revision(revised, j, kl, student_id, teacher_id, rest_log_p)
 
     def _detect(self, scores: Scores, keys: Sequence[tuple]):
-        "Position, KL, student's and teacher's token, and the mean log p behind the position, for each response; one transfer from the device."
-        kl, student, teacher, log_p = (scores.padded(name) for name in ("kl", "student_ids", "teacher_ids", "log_p"))   # padding has equal ids, so it never differs
+        """Position, KL, student's and teacher's token, and the mean log p behind the position, for
+        each response; one transfer from the device."""
+        # padding has equal ids, so it never differs
+        kl, student, teacher, log_p = (scores.padded(name)
+            for name in ("kl", "student_ids", "teacher_ids", "log_p"))
         u = noise([generator_for(*key, device=kl.device) for key in keys], kl.shape[-1])
         j = error_position(self.detect(kl, u), student, teacher)
         at = lambda t: t.gather(-1, j.clamp(min=0)[:, None]).squeeze(-1).double()
         behind = torch.tensor(scores.lengths, device=j.device) - 1 - j
-        rest = (log_p * (torch.arange(kl.shape[-1], device=j.device) > j[:, None])).sum(-1) / behind     # 0 / 0 where nothing is behind
-        columns = torch.stack([j.double(), at(kl), at(student), at(teacher), torch.where(j >= 0, rest, torch.nan).double()]).tolist()
-        return [[int(i) for i in columns[0]], columns[1], *([int(i) for i in ids] for ids in columns[2:4]), columns[4]]
+        # 0 / 0 where nothing is behind
+        rest = (log_p * (torch.arange(kl.shape[-1], device=j.device) > j[:, None])).sum(-1) / behind
+        columns = torch.stack([j.double(), at(kl), at(student), at(teacher),
+                torch.where(j >= 0, rest, torch.nan).double()]).tolist()
+        return [[int(i) for i in columns[0]], columns[1],
+            *([int(i) for i in ids] for ids in columns[2:4]), columns[4]]
 
 # %% ../nbs/11_scrg.ipynb #8e7f52ab
-COLOURS = {"red": ("#b3261e", "#ff7b72"), "green": ("#1a7f37", "#56d364"), "blue": ("#1f5fbf", "#79b8ff")}     # on a light ground, and on a dark one
+# on a light ground, and on a dark one
+COLOURS = {"red": ("#b3261e", "#ff7b72"), "green": ("#1a7f37", "#56d364"),
+    "blue": ("#1f5fbf", "#79b8ff")}
 
 def _coloured(text: str, colour: str, more: str = "") -> str:
     "HTML in one of `COLOURS`, as the page's ground asks for it."
     light, dark = COLOURS[colour]
     return f'<span style="color:{light};color:light-dark({light},{dark});{more}">{text}</span>'
 
-CORRECTION_KEY = (f"<p><i>{_coloured('the student: thrown away', 'red')}, its worst token <u>underlined</u>; {_coloured('the teacher&#39;s token', 'green', 'font-weight:bold')}; "
+CORRECTION_KEY = (f"<p><i>{_coloured('the student: thrown away', 'red')}, its worst token "
+    f"<u>underlined</u>; {_coloured('the teacher&#39;s token', 'green', 'font-weight:bold')}; "
                   f"{_coloured('written anew by the student', 'blue')}</i></p>")
 
-def correction_html(tokenizer, before: list[int], revision: Revision, b: int = 0, prompt: str = "") -> str:
-    "The correction of response `b`, which was `before`, as coloured HTML (`CORRECTION_KEY`), with the token's place and KL, and the prompt if it is given."
+def correction_html(tokenizer, before: list[int], revision: Revision, b: int = 0,
+        prompt: str = "") -> str:
+    """The correction of response `b`, which was `before`, as coloured HTML (`CORRECTION_KEY`), with
+    the token's place and KL, and the prompt if it is given."""
     import html
     j, (_, after) = revision.position[b], revision.pairs[b]
     show = lambda ids: html.escape(tokenizer.decode(ids)).replace("\n", "↵")
@@ -176,6 +224,9 @@ def correction_html(tokenizer, before: list[int], revision: Revision, b: int = 0
     if j < 0: return f"<p>{head}{show(before)} <i>(nothing to correct)</i></p>"
     worst, better = show(before[j:j + 1]), show(after[j:j + 1])
     space = " " * (len(worst) - len(worst.lstrip()))        # not underlined
-    old = space + _coloured(worst.lstrip(), "red", "text-decoration:underline") + _coloured(show(before[j + 1:]), "red")
+    old = (space + _coloured(worst.lstrip(), "red",
+            "text-decoration:underline") + _coloured(show(before[j + 1:]), "red"))
     new = _coloured(better, "green", "font-weight:bold") + _coloured(show(after[j + 1:]), "blue")
-    return f"<p>{head}student: {show(before[:j])}{old}<br>revised: {show(before[:j])}{new}<br><small>token {j + 1}, KL {revision.kl[b]:.2f} nats: “{worst}” → “{better}”</small></p>"
+    return (f"<p>{head}student: {show(before[:j])}{old}<br>revised: "
+        f"{show(before[:j])}{new}<br><small>token {j + 1}, KL {revision.kl[b]:.2f} nats: "
+        f"“{worst}” → “{better}”</small></p>")

@@ -40,7 +40,8 @@ def _label(chunk: str, pnp: str, join_prepositions: bool) -> str:
 def _spells(word: str) -> bool: return any(c.isalnum() for c in word)
 
 def _for_lexicon(word: str) -> str:
-    "A word as the lexicon knows it: straight apostrophe, and one number for all, since it takes 2 for `to` and 4 for `for`."
+    """A word as the lexicon knows it: straight apostrophe, and one number for all, since it takes 2
+    for `to` and 4 for `for`."""
     return "10" if word[0].isdecimal() else word.replace("’", "'")
 
 def _chunks(words: list[tuple[str, int, int]], rows: list[list[str]], join_prepositions: bool):
@@ -55,22 +56,26 @@ def _chunks(words: list[tuple[str, int, int]], rows: list[list[str]], join_prepo
     if kind and group: yield kind, group
 
 def phrase_spans(text: str, join_prepositions: bool = True) -> list[tuple[int, int, str]]:
-    "(start, end, kind) in characters of the noun, verb and prepositional phrases (NP, VP, PP), in order, not overlapping; each begins and ends with a word."
+    """(start, end, kind) in characters of the noun, verb and prepositional phrases (NP, VP, PP), in
+    order, not overlapping; each begins and ends with a word."""
     places = [(m[0], m.start()) for m in re.finditer(r"[^\r\n]+", text)]
     lines = [words for line, at in places if (words := split_words(line, at))]
     if not lines: return []
-    source = "\n".join(" ".join(_for_lexicon(w) for w, _, _ in words) for words in lines)  # one row comes back for each word
+    # one row comes back for each word
+    source = "\n".join(" ".join(_for_lexicon(w) for w, _, _ in words) for words in lines)
     parsed = parse(source, tokenize=False, tags=True, chunks=True, collapse=False)
     spans = []
     for words, rows in zip(lines, parsed, strict=True):
         for kind, group in _chunks(words, rows, join_prepositions):
-            real = [w for w in group if _spells(w[0])]  # a dash or an emoji at the border is no part of a phrase
+            # a dash or an emoji at the border is no part of a phrase
+            real = [w for w in group if _spells(w[0])]
             if real: spans.append((real[0][1], real[-1][2], kind))
     return spans
 
 # %% ../nbs/08_span.ipynb #c26294e0
 def parsed_phrases(doc) -> list[tuple[int, int, str]]:
-    "What `phrase_spans` gives, from a parsed spaCy `Doc` (or anything with `noun_chunks` and tokens with `pos_` and `idx`)."
+    """What `phrase_spans` gives, from a parsed spaCy `Doc` (or anything with `noun_chunks` and
+    tokens with `pos_` and `idx`)."""
     nouns, spans, i = {c.start: c.end for c in doc.noun_chunks}, [], 0
     while i < len(doc):
         kind, stop = "", i + 1
@@ -78,37 +83,51 @@ def parsed_phrases(doc) -> list[tuple[int, int, str]]:
         elif i in nouns: kind, stop = "NP", nouns[i]
         elif doc[i].pos_ in ("AUX", "VERB"):
             kind = "VP"
-            while stop < len(doc) and doc[stop].pos_ in ("AUX", "VERB", "PART") and stop not in nouns: stop += 1
+            while (stop < len(doc) and doc[stop].pos_ in ("AUX", "VERB", "PART")
+                    and stop not in nouns):
+                stop += 1
             while doc[stop - 1].pos_ == "PART": stop -= 1      # "has to" without a verb behind it
         if kind: spans.append((doc[i].idx, doc[stop - 1].idx + len(doc[stop - 1]), kind))
         i = stop
     return spans
 
 @lru_cache
-def phrase_chunker(name: str = "textblob", model: str = "en_core_web_sm") -> Callable[[str], list[tuple[int, int, str]]]:
-    "A function like `phrase_spans`, by the name of the parser behind it. Raises `ConfigError` if spaCy or its `model` is not installed."
+def phrase_chunker(name: str = "textblob", model: str = "en_core_web_sm") -> Callable[[str],
+        list[tuple[int, int, str]]]:
+    """A function like `phrase_spans`, by the name of the parser behind it.
+
+    Raises `ConfigError` if spaCy or its `model` is not installed."""
     if name == "textblob": return phrase_spans
     if name != "spacy": raise ConfigError(f"chunker: {name!r} is unknown; allowed: textblob, spacy")
     try:
         import spacy
         parse_line = spacy.load(model, exclude=["ner", "lemmatizer"])
     except (ImportError, OSError) as e:
-        raise ConfigError(f"chunker: spacy needs the package spacy and its model {model} (pip install spacy; python -m spacy download {model}): {e}; allowed: textblob, which is always there") from e
+        raise ConfigError(f"chunker: spacy needs the package spacy and its model {model} (pip "
+            f"install spacy; python -m spacy download {model}): {e}; allowed: textblob, which is "
+            "always there") from e
     lines = lambda text: ((m.start(), parse_line(m[0])) for m in re.finditer(r"[^\r\n]+", text))
-    return lambda text: [(at + start, at + stop, kind) for at, doc in lines(text) for start, stop, kind in parsed_phrases(doc)]
+    return lambda text: [(at + start, at + stop, kind) for at, doc in lines(text)
+        for start, stop, kind in parsed_phrases(doc)]
 
 # %% ../nbs/08_span.ipynb #d8d35bfc
 def response_text(ids: Sequence[int], tokenizer) -> str:
-    "The text of ids, nothing tidied: no spaces removed before punctuation, special tokens spelled out."
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """The text of ids, nothing tidied: no spaces removed before punctuation, special tokens spelled
+    out."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False,
+        clean_up_tokenization_spaces=False)
 
 def token_offsets(ids: Sequence[int], tokenizer) -> list[tuple[int, int]]:
-    "(start, end) of every token in `response_text(ids)`, without leading white space. Tokens that only together make a character share one interval, and so do bytes that make none with the token after them."
+    """(start, end) of every token in `response_text(ids)`, without leading white space.
+
+    Tokens that only together make a character share one interval, and so do bytes that make none
+    with the token after them."""
     offsets, text_end = [], 0           # tokens placed so far, and characters
     context = 0                         # first token of the last finished piece
     for i in range(1, len(ids) + 1):
         known = len(offsets)
-        before, now = response_text(ids[context:known], tokenizer), response_text(ids[context:i], tokenizer)
+        before = response_text(ids[context:known], tokenizer)
+        now = response_text(ids[context:i], tokenizer)
         if now.endswith("\ufffd") and i < len(ids): continue  # waits for the rest of a character
         new = now[len(before):]
         start, end = text_end + len(new) - len(new.lstrip()), text_end + len(new)
@@ -117,8 +136,10 @@ def token_offsets(ids: Sequence[int], tokenizer) -> list[tuple[int, int]]:
     return offsets
 
 # %% ../nbs/08_span.ipynb #3b49a0ed
-def align_spans(char_spans: Sequence[tuple], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    "Token intervals (first, stop) of character intervals (start, end, ...): in order, at least one token each, not overlapping. Both arguments in order of their place in the text."
+def align_spans(char_spans: Sequence[tuple], offsets: Sequence[tuple[int, int]]) -> list[tuple[int,
+            int]]:
+    """Token intervals (first, stop) of character intervals (start, end, ...): in order, at least
+    one token each, not overlapping. Both arguments in order of their place in the text."""
     spans, j = [], 0
     for start, end, *_ in char_spans:
         first, stop = None, None
@@ -132,7 +153,8 @@ def align_spans(char_spans: Sequence[tuple], offsets: Sequence[tuple[int, int]])
 
 # %% ../nbs/08_span.ipynb #4262dbf2
 def scatter(lengths: Sequence[int], n_tokens: int, rng: random.Random) -> list[tuple[int, int]]:
-    "Place intervals of these lengths at random on `n_tokens` tokens, in shuffled order, not overlapping. Needs sum(lengths) <= n_tokens."
+    """Place intervals of these lengths at random on `n_tokens` tokens, in shuffled order, not
+    overlapping. Needs sum(lengths) <= n_tokens."""
     lengths = rng.sample(list(lengths), len(lengths))
     free = n_tokens - sum(lengths)
     # Of free + k symbols choose the k that become intervals: every arrangement is equally likely.
@@ -140,14 +162,16 @@ def scatter(lengths: Sequence[int], n_tokens: int, rng: random.Random) -> list[t
     spans, used = [], 0
     for k, (slot, length) in enumerate(zip(slots, lengths)):
         first = slot - k + used
-        spans.append((first, first + length)); used += length
+        spans.append((first, first + length))
+        used += length
     return spans
 
 # %% ../nbs/08_span.ipynb #93cc75a8
 def special_ids(tokenizer) -> set[int]:
     "Ids of control tokens (EOS, BOS, padding, role markers), which are no text."
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return set(tokenizer.all_special_ids) | {i for i, token in added.items() if getattr(token, "special", False)}
+    return (set(tokenizer.all_special_ids) | {i
+            for i, token in added.items() if getattr(token, "special", False)})
 
 def text_runs(ids: Sequence[int], special: set[int]) -> list[tuple[int, int]]:
     "(first, stop) of the longest stretches without a special token."
@@ -159,12 +183,16 @@ SPAN_KINDS = ("phrases", "fixed", "random", "whole")
 
 class SpanFinder:
     "Token spans of a response: call it with the response's ids, get a list of (first, stop)."
-    def __init__(self, tokenizer, kind: str = "phrases", length: int = 4, seed: int = 0, cache_size: int = 20_000, chunker: str = "textblob"):
-        if kind not in SPAN_KINDS: raise ValueError(f"spans: {kind!r} is unknown; allowed: {', '.join(SPAN_KINDS)}")
+    def __init__(self, tokenizer, kind: str = "phrases", length: int = 4, seed: int = 0,
+            cache_size: int = 20_000, chunker: str = "textblob"):
+        if kind not in SPAN_KINDS:
+            raise ValueError(f"spans: {kind!r} is unknown; allowed: {', '.join(SPAN_KINDS)}")
         if length < 1: raise ValueError(f"span length: {length}; allowed: at least 1")
         self.tokenizer, self.kind, self.length, self.seed = tokenizer, kind, length, seed
         self.phrases = phrase_chunker(chunker)
-        self.special, self.cache, self.cache_size = special_ids(tokenizer), OrderedDict(), cache_size
+        self.special = special_ids(tokenizer)
+        self.cache = OrderedDict()
+        self.cache_size = cache_size
 
     def __call__(self, response_ids: Sequence[int]) -> list[tuple[int, int]]:
         key = tuple(response_ids)
@@ -175,20 +203,24 @@ class SpanFinder:
 
     def _find(self, ids: tuple[int, ...]) -> list[tuple[int, int]]:
         runs = text_runs(ids, self.special)
-        return [(first + a, first + b) for first, stop in runs for a, b in self._in_run(ids[first:stop])]
+        return [(first + a, first + b) for first, stop in runs
+            for a, b in self._in_run(ids[first:stop])]
 
     def _in_run(self, ids: tuple[int, ...]) -> list[tuple[int, int]]:
         "Spans of a stretch without special tokens."
         n = len(ids)
         if self.kind == "whole": return [(0, n)]
-        if self.kind == "fixed": return [(a, min(a + self.length, n)) for a in range(0, n, self.length)]
-        spans = align_spans(self.phrases(response_text(ids, self.tokenizer)), token_offsets(ids, self.tokenizer))
+        if self.kind == "fixed":
+            return [(a, min(a + self.length, n)) for a in range(0, n, self.length)]
+        spans = align_spans(self.phrases(response_text(ids, self.tokenizer)),
+            token_offsets(ids, self.tokenizer))
         if self.kind == "phrases": return spans
         return scatter([b - a for a, b in spans], n, random.Random(f"{self.seed}/{ids}"))
 
 # %% ../nbs/08_span.ipynb #bd1f6686
 def hadamard(q: Tensor, next_q: Tensor, p: Tensor, next_p: Tensor) -> Tensor:
-    "|| q_j o q_{j+1} - p_j o p_{j+1} ||_2 of probabilities and those of the rows after them, (N,V) each -> (N,). Eq. 9."
+    """|| q_j o q_{j+1} - p_j o p_{j+1} ||_2 of probabilities and those of the rows after them,
+    (N,V) each -> (N,). Eq. 9."""
     # vector_norm has gradient 0 where the difference is 0; sqrt of a sum of squares has NaN there.
     return torch.linalg.vector_norm(q * next_q - p * next_p, dim=-1)
 
@@ -208,34 +240,45 @@ def cosine(q: Tensor, next_q: Tensor, p: Tensor, next_p: Tensor) -> Tensor:
     return (similarity(q, next_q, dim=-1) - similarity(p, next_p, dim=-1)).abs()
 
 def outer(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    "Frobenius norm of q_j q_{j+1}^T - p_j p_{j+1}^T, (N,V) each -> (N,), without the (V,V) matrices. The arguments are those of `hadamard`, by the letters above."
+    """Frobenius norm of q_j q_{j+1}^T - p_j p_{j+1}^T, (N,V) each -> (N,), without the (V,V)
+    matrices. The arguments are those of `hadamard`, by the letters above."""
     dot = lambda x, y: (x * y).sum(-1)
-    return _root(dot(a, a) * dot(b - d, b - d) + dot(a - c, a - c) * dot(d, d) + 2 * dot(a, a - c) * dot(b - d, d))
+    return _root(dot(a, a) * dot(b - d, b - d) + dot(a - c, a - c) * dot(d, d) + 2 * dot(a,
+            a - c) * dot(b - d, d))
 
 # %% ../nbs/08_span.ipynb #127221b3
-RELATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"hadamard": hadamard, "cosine": cosine, "outer": outer}
+RELATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"hadamard": hadamard,
+    "cosine": cosine, "outer": outer}
 
 def relation_of(name: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     "The relation of this name. Raises `ValueError` if there is none."
-    if name not in RELATIONS: raise ValueError(f"span_relation: {name!r} is unknown; allowed: {', '.join(RELATIONS)}")
+    if name not in RELATIONS:
+        raise ValueError(f"span_relation: {name!r} is unknown; allowed: {', '.join(RELATIONS)}")
     return RELATIONS[name]
 
 def span_distance(log_q: Tensor, log_p: Tensor, relation: str = "hadamard") -> Tensor:
-    "Distance of student and teacher on every pair of neighbouring rows, (N,V) log-probabilities -> (N-1,). Finite value and gradient, also at equality."
+    """Distance of student and teacher on every pair of neighbouring rows, (N,V) log-probabilities
+    -> (N-1,). Finite value and gradient, also at equality."""
     return relation_of(relation)(*pairs(log_q.exp()), *pairs(log_p.exp()))
 
 # %% ../nbs/08_span.ipynb #4ed826fe
-def span_loss(log_q: Tensor, log_p: Tensor, spans: Sequence[tuple[int, int]], relation: str = "hadamard") -> Tensor:
-    "Eq. 10 for one sequence: (N,V) log-probabilities and token spans (first, stop) -> scalar. The dense reference; no spans give 0 with a graph."
+def span_loss(log_q: Tensor, log_p: Tensor, spans: Sequence[tuple[int, int]],
+        relation: str = "hadamard") -> Tensor:
+    """Eq.
+
+    10 for one sequence: (N,V) log-probabilities and token spans (first, stop) -> scalar. The dense
+    reference; no spans give 0 with a graph."""
     if not spans: return log_q[:0].sum()
     d = span_distance(log_q, log_p, relation)
     return torch.stack([d[first:stop - 1].sum() / (stop - first) for first, stop in spans]).mean()
 
 # %% ../nbs/08_span.ipynb #4be80a96
 def pair_weights(spans: Sequence[tuple[int, int]], n_tokens: int) -> tuple[list[float], int]:
-    "([n_tokens] weights, number of spans): entry j is 1/(tokens of the span) if tokens j and j+1 lie in one span, else 0. The last entry is always 0."
+    """([n_tokens] weights, number of spans): entry j is 1/(tokens of the span) if tokens j and j+1
+    lie in one span, else 0. The last entry is always 0."""
     weights = [0.0] * n_tokens
     for first, stop in spans:
-        if not 0 <= first < stop <= n_tokens: raise ValueError(f"pair_weights: span ({first}, {stop}) outside of {n_tokens} tokens")
+        if not 0 <= first < stop <= n_tokens:
+            raise ValueError(f"pair_weights: span ({first}, {stop}) outside of {n_tokens} tokens")
         for j in range(first, stop - 1): weights[j] = 1 / (stop - first)
     return weights, len(spans)

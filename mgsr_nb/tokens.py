@@ -22,24 +22,30 @@ def bos_ids(tokenizer) -> list[int]:
     return first if first and first[0] == tokenizer.bos_token_id else []
 
 def prompt_ids(prompt: str, tokenizer, template: str = "alpaca") -> list[int]:
-    "Ids of a prompt, BOS first where the tokenizer's convention has it (once, even if a chat template spells it out)."
-    # Markers in a chat template are tokens; in user text such as the HTML tag <s> they are only characters.
-    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=template != "chat").input_ids
+    """Ids of a prompt, BOS first where the tokenizer's convention has it (once, even if a chat
+    template spells it out)."""
+    # Markers in a chat template are tokens; in user text such as the HTML tag <s> they are only
+    # characters.
+    ids = tokenizer(prompt, add_special_tokens=False,
+        split_special_tokens=template != "chat").input_ids
     bos = bos_ids(tokenizer)
     return ids if ids[:1] == bos else bos + ids
 
 # %% ../nbs/04_tokens.ipynb #93247af9
 def continuation_ids(text: str, tokenizer, after: str = "\n") -> list[int]:
-    "Ids of `text` as it reads after the character `after`, special tokens spelled out as characters, none added."
+    """Ids of `text` as it reads after the character `after`, special tokens spelled out as
+    characters, none added."""
     plain = lambda s: tokenizer(s, add_special_tokens=False, split_special_tokens=True).input_ids
     anchor, both = plain(after), plain(after + text)
-    # If the border was merged into one token, the anchor's ids are not a prefix: take the text alone.
+    # If the border was merged into one token, the anchor's ids are not a prefix: take the text
+    # alone.
     return both[len(anchor):] if both[:len(anchor)] == anchor else plain(text)
 
 # %% ../nbs/04_tokens.ipynb #57a1a6ca
 @dataclass(frozen=True)
 class Encoded:
-    "One example as ids: `prompt_ids` (ends with the template's end), `response_ids` (ends with EOS unless it was cut)."
+    """One example as ids: `prompt_ids` (ends with the template's end), `response_ids` (ends with
+    EOS unless it was cut)."""
     prompt_ids: list[int]
     response_ids: list[int]
     example: Example
@@ -49,14 +55,21 @@ def cut_prompt(ids: list[int], limit: int, bos: list[int]) -> list[int]:
     if len(ids) <= limit: return ids
     return bos + ids[len(ids) - limit + len(bos):]
 
-def encode(example: Example, tokenizer, template: str = "alpaca", max_prompt_tokens: int = 256, max_tokens: int = 512) -> Encoded:
-    "Ids of an example within the limits, at least one response token. ValueError if the limits leave no room for one."
+def encode(example: Example, tokenizer, template: str = "alpaca", max_prompt_tokens: int = 256,
+        max_tokens: int = 512) -> Encoded:
+    """Ids of an example within the limits, at least one response token.
+
+    ValueError if the limits leave no room for one."""
     if not 2 <= max_prompt_tokens < max_tokens:
-        raise ValueError(f"max_prompt_tokens: {max_prompt_tokens}; allowed: 2 to max_tokens - 1 = {max_tokens - 1}")
-    if tokenizer.eos_token_id is None: raise ValueError("the tokenizer has no EOS token: responses could not end")
+        raise ValueError(f"max_prompt_tokens: {max_prompt_tokens}; allowed: 2 to max_tokens - 1 = "
+            f"{max_tokens - 1}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token: responses could not end")
     prompt = make_prompt(example, template, tokenizer)
-    head = cut_prompt(prompt_ids(prompt, tokenizer, template), max_prompt_tokens, bos_ids(tokenizer))
-    response = continuation_ids(example.references[0], tokenizer, prompt[-1:]) + [tokenizer.eos_token_id]
+    head = cut_prompt(prompt_ids(prompt, tokenizer, template), max_prompt_tokens,
+        bos_ids(tokenizer))
+    response = (continuation_ids(example.references[0], tokenizer,
+            prompt[-1:]) + [tokenizer.eos_token_id])
     return Encoded(head, response[:max_tokens - len(head)], example)
 
 # %% ../nbs/04_tokens.ipynb #64f3d308
@@ -70,7 +83,9 @@ def cut_at_stop(ids: Sequence[int], stop_ids: Iterable[int]) -> list[int]:
 # %% ../nbs/04_tokens.ipynb #48568c6e
 @dataclass
 class Batch:
-    "A padded batch, every field [B,T]. Prompt and response tokens are contiguous; pads lie all on one side."
+    """A padded batch, every field [B,T].
+
+    Prompt and response tokens are contiguous; pads lie all on one side."""
     input_ids: Tensor       # int64
     attention_mask: Tensor  # int64, 1 on real tokens
     position_ids: Tensor    # int64, counted from the row's first real token; 0 on pads
@@ -81,15 +96,21 @@ class Batch:
         return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 # %% ../nbs/04_tokens.ipynb #d4670829
-def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, side: str = "right", width: int = 0) -> Batch:
-    "Batch of (prompt ids, response ids) pairs, padded on `side` to the longest, or to `width` columns if that is more. A response may be empty, a prompt not."
-    if side not in ("left", "right"): raise ValueError(f"side: {side!r} is unknown; allowed: left, right")
+def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, side: str = "right",
+        width: int = 0) -> Batch:
+    """Batch of (prompt ids, response ids) pairs, padded on `side` to the longest, or to `width`
+    columns if that is more. A response may be empty, a prompt not."""
+    if side not in ("left", "right"):
+        raise ValueError(f"side: {side!r} is unknown; allowed: left, right")
     if not pairs: raise ValueError("collate: no sequences")
-    if not all(len(p) for p, _ in pairs): raise ValueError("collate: an empty prompt leaves no row that predicts the first response token")
+    if not all(len(p) for p, _ in pairs):
+        raise ValueError(
+            "collate: an empty prompt leaves no row that predicts the first response token")
     lengths = torch.tensor([[len(p), len(r)] for p, r in pairs])        # [B,2]
     total = lengths.sum(1, keepdim=True)                                # [B,1]
     T = max(int(total.max()), width)
-    place = torch.arange(T) - (T - total if side == "left" else 0)      # [B,T], 0 on the first real token
+    # [B,T], 0 on the first real token
+    place = torch.arange(T) - (T - total if side == "left" else 0)
     real = (place >= 0) & (place < total)
     input_ids = torch.full(real.shape, pad_id)
     input_ids[real] = torch.tensor([i for p, r in pairs for i in (*p, *r)])
@@ -97,25 +118,35 @@ def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, s
 
 # %% ../nbs/04_tokens.ipynb #98cef7d6
 def supervised(batch: Batch) -> Tensor:
-    "(B,T) bool: True at t when the token at t+1 is a response token, so that the model's row t is trained."
+    """(B,T) bool: True at t when the token at t+1 is a response token, so that the model's row t is
+    trained."""
     last = torch.zeros_like(batch.response_mask[:, :1])
     return torch.cat([batch.response_mask[:, 1:], last], dim=1)
 
 def labels(batch: Batch) -> Tensor:
-    "(N,) int64: the token after each supervised row, in the order of `hidden[supervised(batch)]` (row by row)."
-    return batch.input_ids.roll(-1, dims=1)[supervised(batch)]  # the column that rolls over the edge is never supervised
+    """(N,) int64: the token after each supervised row, in the order of `hidden[supervised(batch)]`
+    (row by row)."""
+    # the column that rolls over the edge is never supervised
+    return batch.input_ids.roll(-1, dims=1)[supervised(batch)]
 
 # %% ../nbs/04_tokens.ipynb #cf67de49
 @lru_cache(maxsize=8)
 def _epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
-    "The permutation of one epoch. Seeding `Random` with a string is stable across Python versions and platforms."
+    """The permutation of one epoch.
+
+    Seeding `Random` with a string is stable across Python versions and platforms."""
     return tuple(random.Random(f"{seed}/{epoch}").sample(range(n_examples), n_examples))
 
-def batch_indices(n_examples: int, batch_size: int, step: int, seed: int, lengths: Sequence[int] = (), buckets: int = 1) -> list[int]:
-    """Indices of the global batch of optimiser step `step` (from 0): a pure function, every example once an epoch.
+def batch_indices(n_examples: int, batch_size: int, step: int, seed: int,
+        lengths: Sequence[int] = (), buckets: int = 1) -> list[int]:
+    """Indices of the global batch of optimiser step `step` (from 0): a pure function, every example
+    once an epoch.
 
-    With `buckets` above 1, the examples of so many steps are sorted by their `lengths` and cut into batches, which come in random order."""
-    if n_examples < 1 or batch_size < 1 or step < 0 or buckets < 1: raise ValueError(f"batch_indices: n_examples={n_examples}, batch_size={batch_size}, step={step}, buckets={buckets}")
+    With `buckets` above 1, the examples of so many steps are sorted by their `lengths` and cut into
+    batches, which come in random order."""
+    if n_examples < 1 or batch_size < 1 or step < 0 or buckets < 1:
+        raise ValueError(f"batch_indices: n_examples={n_examples}, batch_size={batch_size}, "
+            f"step={step}, buckets={buckets}")
     window, inside = divmod(step, buckets)
     places = range(window * buckets * batch_size, (window + 1) * buckets * batch_size)
     found = [_epoch_order(n_examples, seed, i // n_examples)[i % n_examples] for i in places]

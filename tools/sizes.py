@@ -30,7 +30,7 @@ def wide_lines(notebook):
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
     sources = {c['id']: ''.join(c['source']) for c in cells if c['cell_type'] == 'code'}
     return [(f'{notebook.name} {cell}', line) for cell, source in sources.items()
-            if not HIDDEN.match(source) for line in source.split('\n') if len(line) > LINE]
+            if not HIDDEN.match(source) for line in source.split('\n') if len(line) > LINE and not line.startswith('#|')]
 
 def modules(root=ROOT): return sorted(p for p in (root/'mgsr_nb').rglob('*.py') if p.name != '_modidx.py')
 

@@ -23,27 +23,36 @@ from .step import Distiller, make_optimizer, micro_batches, schedule_factor
 from .engine import check_finite, precision_of
 
 # %% ../../nbs/24_artefacts.ipynb #773d1240
-def fine_tune(model: nn.Module, examples: Sequence[Encoded], steps: int, batch_size: int, micro_size: int, learning_rate: float, warmup_steps: int, weight_decay: float,
-              max_grad_norm: float, pad_id: int, vocab: int, chunk_tokens: int, autocast: Callable, what: str = "fine-tuning") -> list[float]:
+def fine_tune(model: nn.Module, examples: Sequence[Encoded], steps: int, batch_size: int,
+        micro_size: int, learning_rate: float, warmup_steps: int, weight_decay: float,
+              max_grad_norm: float, pad_id: int, vocab: int, chunk_tokens: int, autocast: Callable,
+              what: str = "fine-tuning") -> list[float]:
     "Plain SFT of `model` in place, on one device; the loss of each step in nats a token."
     device, losses = next(model.parameters()).device, []
     torch.manual_seed(0)  # dropout
-    distiller = Distiller(model, Objective({"sft": NLL()}, {"sft": 1.}, chunk_tokens), None, vocab).train()
+    distiller = Distiller(model, Objective({"sft": NLL()}, {"sft": 1.}, chunk_tokens), None,
+        vocab).train()
     optimizer = make_optimizer(distiller, learning_rate, learning_rate, weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule_factor(s, steps, warmup_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer,
+        lambda s: schedule_factor(s, steps, warmup_steps))
     for step in tqdm(range(steps), desc=what, mininterval=5, leave=False):
         batch = [examples[i] for i in batch_indices(len(examples), batch_size, step, seed=0)]
-        micros, counts = micro_batches(batch, None, None, pad_id, micro_size, math.ceil(len(batch) / micro_size), device, True)
+        micros, counts = micro_batches(batch, None, None, pad_id, micro_size,
+            math.ceil(len(batch) / micro_size), device, True)
         total = torch.zeros((), device=device)
         for micro in micros:
             with autocast(): loss, *_ = distiller(micro, counts)
-            loss.backward(); total += loss.detach()
+            loss.backward()
+            total += loss.detach()
         nn.utils.clip_grad_norm_(distiller.parameters(), max_grad_norm)
-        optimizer.step(); schedule.step(); optimizer.zero_grad()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
         losses.append(total)
     model.eval()
     losses = torch.stack(losses).tolist() if losses else []
-    for i, loss in enumerate(losses): check_finite(i + 1, {f"the loss of {what}": loss}, learning_rate)
+    for i, loss in enumerate(losses):
+        check_finite(i + 1, {f"the loss of {what}": loss}, learning_rate)
     return losses
 
 # %% ../../nbs/24_artefacts.ipynb #d50e5f79
@@ -54,58 +63,84 @@ def made_once(kind: str, key: dict, make: Callable[[Path], None]) -> Path:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     def wait(folder: Path): raise _NotMine
     while True:
-        try: return artefact(kind, key, wait if distributed and torch.distributed.get_rank() > 0 else make)
+        try:
+            return artefact(kind, key, wait if distributed and torch.distributed.get_rank() > 0
+                else make)
         except _NotMine: time.sleep(0.2)
 
 # %% ../../nbs/24_artefacts.ipynb #6a374ee9
 def text_digest(examples: Sequence[Encoded]) -> str:
-    "Short hash of all examples (ids of prompt and response, references): what an artefact that was made from them depends on."
+    """Short hash of all examples (ids of prompt and response, references): what an artefact that
+    was made from them depends on."""
     digest = hashlib.sha256()
-    for e in examples: digest.update(repr((e.prompt_ids, e.response_ids, e.example and (e.example.id, e.example.references))).encode())
+    for e in examples:
+        digest.update(repr((e.prompt_ids, e.response_ids,
+                    e.example and (e.example.id, e.example.references))).encode())
     return digest.hexdigest()[:16]
 
 def model_key(name: str) -> dict:
-    "What identifies the weights of `name`: the builtin's digest, a local folder's files, or a hub id."
+    """What identifies the weights of `name`: the builtin's digest, a local folder's files, or a hub
+    id."""
     if name == BUILTIN: return {"builtin": GGUF_DIGEST}
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     return {"id": name, "files": [file_digest(f) for f in files]}
 
 # %% ../../nbs/24_artefacts.ipynb #c6dbaf0d
-def tuned(kind: str, config: RunConfig, steps: int, key: dict, load: Callable, tokenizer, train: Sequence[Encoded], accelerator: Accelerator) -> tuple[nn.Module, dict]:
-    "The model that `load()` gives and `key` identifies after `steps` of SFT on the training data (made once, then read from the cache), and its key."
+def tuned(kind: str, config: RunConfig, steps: int, key: dict, load: Callable, tokenizer,
+        train: Sequence[Encoded], accelerator: Accelerator) -> tuple[nn.Module, dict]:
+    """The model that `load()` gives and `key` identifies after `steps` of SFT on the training data
+    (made once, then read from the cache), and its key."""
     if steps == 0: return load().to(accelerator.device), key
-    key = key | {"steps": steps, "text": text_digest(train), "precision": precision_of(accelerator), "device": accelerator.device.type, "lora": config.lora_rank and (config.lora_rank, config.lora_alpha, config.lora_dropout),
-                 **{k: getattr(config, k) for k in ("batch_size", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")}}
+    key = key | {"steps": steps, "text": text_digest(train), "precision": precision_of(accelerator),
+        "device": accelerator.device.type, "lora": config.lora_rank
+        and (config.lora_rank, config.lora_alpha, config.lora_dropout),
+                 **{k: getattr(config, k) for k in ("batch_size", "learning_rate", "warmup_steps",
+                         "weight_decay", "max_grad_norm")}}
     def make(folder: Path):
         model = load().to(accelerator.device)
         if config.lora_rank:
             torch.manual_seed(0)
             model = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
-        losses = fine_tune(model, train, steps, config.batch_size, config.micro_batch_size or config.batch_size, config.learning_rate, config.warmup_steps,
-                           config.weight_decay, config.max_grad_norm, tokenizer.pad_token_id, len(tokenizer), config.chunk_tokens, accelerator.autocast, f"{kind} SFT")
+        losses = fine_tune(model, train, steps, config.batch_size,
+            config.micro_batch_size or config.batch_size, config.learning_rate, config.warmup_steps,
+                           config.weight_decay, config.max_grad_norm, tokenizer.pad_token_id,
+                           len(tokenizer), config.chunk_tokens, accelerator.autocast, f"{kind} SFT")
         if config.lora_rank: model = model.merge_and_unload()
-        model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         write_json(folder/"losses.json", losses)
     return load_model(str(made_once(f"{kind}s", key, make))).to(accelerator.device), key
 
 # %% ../../nbs/24_artefacts.ipynb #b8efe98b
-def tuned_teacher(config: RunConfig, tokenizer, train: Sequence[Encoded], accelerator: Accelerator) -> tuple[nn.Module, dict]:
+def tuned_teacher(config: RunConfig, tokenizer, train: Sequence[Encoded],
+        accelerator: Accelerator) -> tuple[nn.Module, dict]:
     "The teacher after `teacher_sft_steps`, and what identifies it."
-    return tuned("teacher", config, config.teacher_sft_steps, {"model": model_key(config.teacher)}, lambda: load_model(config.teacher), tokenizer, train, accelerator)
+    return tuned("teacher", config, config.teacher_sft_steps, {"model": model_key(config.teacher)},
+        lambda: load_model(config.teacher), tokenizer, train, accelerator)
 
-def influences(teacher: nn.Module, teacher_key: dict, examples: Sequence[Encoded], pad_id: int) -> list[float]:
-    "`block_influence` of each layer of the teacher on training `examples` (nothing held out takes part in the choice), an artefact of the two."
+def influences(teacher: nn.Module, teacher_key: dict, examples: Sequence[Encoded],
+        pad_id: int) -> list[float]:
+    """`block_influence` of each layer of the teacher on training `examples` (nothing held out takes
+    part in the choice), an artefact of the two."""
     device = next(teacher.parameters()).device
     def make(folder: Path):
-        write_json(folder/"influence.json", block_influence(teacher, collate([(e.prompt_ids, e.response_ids) for e in examples], pad_id).to(device)).tolist())
+        write_json(folder/"influence.json", block_influence(teacher,
+                collate([(e.prompt_ids, e.response_ids) for e in examples],
+                    pad_id).to(device)).tolist())
     key = {"teacher": teacher_key, "texts": text_digest(examples), "device": device.type}
     return json.loads((made_once("influence", key, make)/"influence.json").read_text())
 
-def make_student(config: RunConfig, teacher: nn.Module, teacher_key: dict, train: Sequence[Encoded], tokenizer, accelerator: Accelerator) -> tuple[nn.Module, dict]:
-    "The student at its start (without adapters), after `student_sft_steps`, and what identifies it."
-    key, load = {"model": model_key(config.student)} if config.student != "truncate" else {}, lambda: load_model(config.student, "student")
+def make_student(config: RunConfig, teacher: nn.Module, teacher_key: dict, train: Sequence[Encoded],
+        tokenizer, accelerator: Accelerator) -> tuple[nn.Module, dict]:
+    """The student at its start (without adapters), after `student_sft_steps`, and what identifies
+    it."""
+    key = {"model": model_key(config.student)} if config.student != "truncate" else {}
+    load = lambda: load_model(config.student, "student")
     if config.student == "truncate":
-        influence = influences(teacher, teacher_key, train[:16], tokenizer.pad_token_id) if config.layer_choice == "influence" else None
-        keep = choose_layers(teacher.config.num_hidden_layers, config.student_layers, config.layer_choice, influence)
+        influence = (influences(teacher, teacher_key, train[:16], tokenizer.pad_token_id)
+            if config.layer_choice == "influence" else None)
+        keep = choose_layers(teacher.config.num_hidden_layers, config.student_layers,
+            config.layer_choice, influence)
         key, load = {"layers": keep, "teacher": teacher_key}, lambda: truncate(teacher, keep)
-    return tuned("student", config, config.student_sft_steps, key, load, tokenizer, train, accelerator)
+    return tuned("student", config, config.student_sft_steps, key, load, tokenizer, train,
+        accelerator)

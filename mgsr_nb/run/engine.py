@@ -24,26 +24,40 @@ def make_accelerator(precision: str, cpu: bool) -> Accelerator:
     "An `Accelerator` of its own: what was prepared with another one is not in its checkpoints."
     settings = dict(mixed_precision="bf16" if precision == "bfloat16" else "no", cpu=cpu)
     try: return Accelerator(**settings)
-    except ValueError:  # its state is one per process; a notebook that changes the precision and runs again needs another
+    # its state is one per process; a notebook that changes the precision and runs again needs
+    # another
+    except ValueError:
         AcceleratorState._reset_state()
         return Accelerator(**settings)
 
 def check_launcher(config: RunConfig) -> None:
-    "Refuse launchers that split the student's weights, which sampling and evaluation read whole. Raises `ConfigError`."
+    """Refuse launchers that split the student's weights, which sampling and evaluation read whole.
+
+    Raises `ConfigError`."""
     on = lambda name: os.environ.get(name, "false").lower() in ("true", "1")
-    if on("ACCELERATE_USE_FSDP"): raise ConfigError("accelerate: FSDP splits the student's weights, which sampling, SCRG and evaluation read whole; allowed: tools/launch/ddp.yaml")
+    if on("ACCELERATE_USE_FSDP"):
+        raise ConfigError("accelerate: FSDP splits the student's weights, which sampling, SCRG and "
+            "evaluation read whole; allowed: tools/launch/ddp.yaml")
     if not on("ACCELERATE_USE_DEEPSPEED"): return
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    stage = json.loads(Path(file).read_text())["zero_optimization"]["stage"] if file else int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
-    if stage > 2: raise ConfigError("accelerate: ZeRO 3 splits the student's weights, which sampling, SCRG and evaluation read whole; allowed: ZeRO 1 or 2")
-    if config.micro_batch_size: raise ConfigError("micro_batch_size: DeepSpeed steps at every backward pass; allowed with it: 0")
+    stage = (json.loads(Path(file).read_text())["zero_optimization"]["stage"] if file
+        else int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)))
+    if stage > 2:
+        raise ConfigError("accelerate: ZeRO 3 splits the student's weights, which sampling, SCRG "
+            "and evaluation read whole; allowed: ZeRO 1 or 2")
+    if config.micro_batch_size:
+        raise ConfigError(
+            "micro_batch_size: DeepSpeed steps at every backward pass; allowed with it: 0")
 
 def accelerator_of(config: RunConfig, cpu: bool) -> Accelerator:
     "The accelerator of a run; from here on there are several processes, if several were started."
     check_launcher(config)
     cpu = cpu or not torch.cuda.is_available()
-    model_path(config.teacher)   # the built-in teacher is converted while each process is alone: in company only the main one could write it
-    return make_accelerator(resolve_precision(config.precision, torch.device("cpu" if cpu else "cuda")), cpu)
+    # the built-in teacher is converted while each process is alone: in company only the main one
+    # could write it
+    model_path(config.teacher)
+    return make_accelerator(resolve_precision(config.precision,
+            torch.device("cpu" if cpu else "cuda")), cpu)
 
 # %% ../../nbs/23_engine.ipynb #297e617f
 def precision_of(accelerator: Accelerator) -> str:
@@ -58,7 +72,9 @@ def check_finite(step: int, row: dict[str, float], learning_rate: float) -> None
     "Raise `TrainingError` with the step and what of `row` is not finite."
     bad = [k for k, v in row.items() if not math.isfinite(v)]
     more = f" and {len(bad) - 9} others" if len(bad) > 9 else ""
-    if bad: raise TrainingError(f"step {step}: {', '.join(bad[:9])}{more} not finite; a lower learning_rate (now {learning_rate:g}) or max_grad_norm is the usual cure")
+    if bad:
+        raise TrainingError(f"step {step}: {', '.join(bad[:9])}{more} not finite; a lower "
+            f"learning_rate (now {learning_rate:g}) or max_grad_norm is the usual cure")
 
 # %% ../../nbs/23_engine.ipynb #1607fbea
 class Clock:
@@ -80,7 +96,9 @@ class Clock:
     def watching(self, name: str, module: nn.Module):
         "Count every call of `module` inside as the part `name`."
         starts = []
-        handles = [module.register_forward_pre_hook(lambda *_: starts.append(self.now())), module.register_forward_hook(lambda *_: self.spans.append((name, starts.pop(), self.now())))]
+        handles = [module.register_forward_pre_hook(lambda *_: starts.append(self.now())),
+            module.register_forward_hook(lambda
+                *_: self.spans.append((name, starts.pop(), self.now())))]
         try: yield
         finally:
             for h in handles: h.remove()
@@ -88,26 +106,37 @@ class Clock:
     def read(self) -> dict[str, float]:
         "Seconds by name since the last call. The device must have finished."
         found, spans, self.spans = {}, self.spans, []
-        for name, start, end in spans: found[name] = found.get(name, 0.) + (start.elapsed_time(end) / 1000 if self.cuda else end - start)
+        for name, start, end in spans:
+            found[name] = (found.get(name, 0.)
+                + (start.elapsed_time(end) / 1000 if self.cuda else end - start))
         return found
 
 # %% ../../nbs/23_engine.ipynb #d98ecaea
 @contextlib.contextmanager
 def tracking(config: RunConfig, folder: Optional[Path]):
-    "Open the tracker that `tracker` names: what comes is a function that sends it a row of the log. Without one, or without a folder, the function does nothing."
-    if config.tracker == "none" or folder is None: yield lambda row: None; return
+    """Open the tracker that `tracker` names: what comes is a function that sends it a row of the
+    log. Without one, or without a folder, the function does nothing."""
+    if config.tracker == "none" or folder is None:
+        yield lambda row: None
+        return
     kind = LOGGER_TYPE_TO_CLASS[config.tracker]
-    tracker = kind("tensorboard", folder) if kind.requires_logging_directory else kind("mgsr_nb", name=run_name(config))
+    tracker = (kind("tensorboard", folder) if kind.requires_logging_directory
+        else kind("mgsr_nb", name=run_name(config)))
     tracker.start()
-    tracker.store_init_configuration({k: v for k, v in config.model_dump(exclude={"data_dir", "runs_dir"}).items() if v is not None})
-    try: yield lambda row: tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+    tracker.store_init_configuration({k: v for k, v in config.model_dump(exclude={"data_dir",
+                    "runs_dir"}).items() if v is not None})
+    try:
+        yield lambda row: tracker.log({k: v for k, v in row.items() if k != "step"},
+            step=row["step"])
     finally: tracker.finish()
 
 # %% ../../nbs/23_engine.ipynb #4982e76b
 @contextlib.contextmanager
 def speaking():
-    "Print an error of one of several processes where it happens: their launcher may only tell of another one, which waited for it in vain."
+    """Print an error of one of several processes where it happens: their launcher may only tell of
+    another one, which waited for it in vain."""
     try: yield
     except Exception:
-        if torch.distributed.is_available() and torch.distributed.is_initialized(): traceback.print_exc()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            traceback.print_exc()
         raise

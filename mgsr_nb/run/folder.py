@@ -15,15 +15,19 @@ from ..files import project_root, write_json
 
 # %% ../../nbs/20_folder.ipynb #fb6be7c6
 def run_name(config: RunConfig) -> str:
-    "`run_name` if it was given, else preset and method (unless they are quickstart and mgsr) and `name=value` of all that differs from them."
+    """`run_name` if it was given, else preset and method (unless they are quickstart and mgsr) and
+    `name=value` of all that differs from them."""
     if config.run_name: return config.run_name
     base = RunConfig(**{**PRESETS[config.preset], **METHODS[config.method]})
     differs = [f"{k}={v}" for k, v in config.counted.items() if v != getattr(base, k)]
-    names = [n for n, usual in ((config.preset, "quickstart"), (config.method, "mgsr")) if n != usual]
+    names = [n for n, usual in ((config.preset, "quickstart"), (config.method, "mgsr"))
+        if n != usual]
     parts = (names + differs) or ["quickstart"]
     name = re.sub(r"[^\w=.,+-]", "_", ",".join(parts), flags=re.ASCII)
-    # a value with a comma or a replaced sign could be mistaken for another run's, and a long name is no folder: the digest tells them apart
-    ambiguous = any(re.search(r"[^\w.+-]", str(getattr(config, p.split("=")[0])), re.ASCII) for p in differs)
+    # a value with a comma or a replaced sign could be mistaken for another run's, and a long name
+    # is no folder: the digest tells them apart
+    ambiguous = any(re.search(r"[^\w.+-]", str(getattr(config, p.split("=")[0])), re.ASCII)
+        for p in differs)
     return f"{name[:100]}+{config.digest[:8]}" if ambiguous or len(name) > 120 else name
 
 # %% ../../nbs/20_folder.ipynb #e06d34cf
@@ -37,22 +41,32 @@ def run_folder(config: RunConfig) -> Path:
     return runs_root(config.runs_dir)/run_name(config)
 
 def open_run(config: RunConfig) -> Path:
-    """The run's folder, with its config.json written. Raises `ConfigError` if it holds another configuration and `overwrite` is off."""
+    """The run's folder, with its config.json written.
+
+    Raises `ConfigError` if it holds another configuration and `overwrite` is off."""
     folder = run_folder(config)
     found = recorded_digests(folder)
     if config.digest in found and not config.overwrite: return folder
     if found and not config.overwrite:
-        raise ConfigError(f"run_name: {folder} already holds a run with other parameters (digest {found[0]}, this one {config.digest}); choose another run_name, or set overwrite True")
+        raise ConfigError(f"run_name: {folder} already holds a run with other parameters (digest "
+            f"{found[0]}, this one {config.digest}); choose another run_name, or set overwrite "
+            "True")
     if config.overwrite:  # a finished run of the same name must not pass for this one
-        for name in ("metrics.json", "log.csv", "samples.jsonl", "error.json", "train.ipynb"): (folder/name).unlink(missing_ok=True)
-        for name in ("checkpoints", "best", "student", "tensorboard"): shutil.rmtree(folder/name, ignore_errors=True)
-    write_json(folder/"config.json", {"digest": config.digest, **config.model_dump(exclude={"data_dir", "runs_dir"})})
+        for name in ("metrics.json", "log.csv", "samples.jsonl", "error.json", "train.ipynb"):
+            (folder/name).unlink(missing_ok=True)
+        for name in ("checkpoints", "best", "student", "tensorboard"):
+            shutil.rmtree(folder/name, ignore_errors=True)
+    write_json(folder/"config.json", {"digest": config.digest,
+            **config.model_dump(exclude={"data_dir", "runs_dir"})})
     return folder
 
 def recorded_digests(folder: Path) -> list[str]:
-    """The digests of the run that a folder holds, none if it holds none: of its config.json, read by this version, and, if precision was `auto`, of the precision that the finished run computed in.
+    """The digests of the run that a folder holds, none if it holds none: of its config.json, read
+    by this version, and, if precision was `auto`, of the precision that the finished run computed
+    in.
 
-    So a parameter that is newer than the run has its default there. (A new parameter's default must therefore be what was done before it.)"""
+    So a parameter that is newer than the run has its default there. (A new parameter's default must
+    therefore be what was done before it.)"""
     record = Path(folder)/"config.json"
     if not record.is_file(): return []
     content = json.loads(record.read_text())
@@ -60,11 +74,13 @@ def recorded_digests(folder: Path) -> list[str]:
     try: config = RunConfig(**{k: v for k, v in content.items() if k not in ELSEWHERE})
     except ValueError: return [written]       # it has a parameter or a value that is gone
     computed = computed_in(folder) if config.precision == "auto" else None
-    return [config.digest, *([config.model_copy(update={"precision": computed}).digest] if computed else [])]
+    return [config.digest, *([config.model_copy(update={"precision": computed}).digest] if computed
+            else [])]
 
 def computed_in(folder: Path) -> Optional[str]:
     "The precision that a finished run computed in; None if it is not finished, or does not say."
-    return json.loads((Path(folder)/"metrics.json").read_text()).get("machine", {}).get("precision") if finished(folder) else None
+    return (json.loads((Path(folder)/"metrics.json").read_text()).get("machine",
+            {}).get("precision") if finished(folder) else None)
 
 def finished(folder: Path) -> bool:
     "Whether the run ended: metrics.json is written last."

@@ -29,7 +29,8 @@ BYTES = {"float32": 4, "bfloat16": 2}
 def cache_bytes(architecture, precision: str) -> int:
     "Bytes of keys and values that generation keeps for one token."
     heads = getattr(architecture, "num_key_value_heads", None) or architecture.num_attention_heads
-    size = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
+    size = (getattr(architecture, "head_dim", None)
+        or architecture.hidden_size // architecture.num_attention_heads)
     return 2 * architecture.num_hidden_layers * heads * size * BYTES[precision]
 
 # %% ../../nbs/31_memory.ipynb #f6d72149
@@ -40,14 +41,16 @@ class LiveBytes(TorchDispatchMode):
         self.sizes, self.now, self.most = {}, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self._watch((args, kwargs), new=False)      # what comes in unseen is older, and so are its views
+        # what comes in unseen is older, and so are its views
+        self._watch((args, kwargs), new=False)
         result = function(*args, **(kwargs or {}))
         self._watch(result, new=True)
         return result
 
     def _watch(self, values, new: bool) -> None:
         "Views share a storage, which counts once; it goes when its last tensor goes."
-        for storage in (t.untyped_storage() for t in tree_leaves(values) if isinstance(t, torch.Tensor)):
+        for storage in (t.untyped_storage() for t in tree_leaves(values)
+                if isinstance(t, torch.Tensor)):
             key = storage.data_ptr()
             if not key or key in self.sizes: continue
             self.sizes[key] = storage.nbytes() if new else 0
@@ -58,53 +61,69 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int) -> None: self.now -= self.sizes.pop(key, 0)
 
 # %% ../../nbs/31_memory.ipynb #ccf8a511
-def activation_bytes(architecture, precision: str, lora: int = 0, frozen: str = "float32", tokens: int = 32) -> float:
-    "Bytes that one token of the real student leaves for the backward pass, measured on a tiny one; `lora`: the real rank, 0 if all weights train."
+def activation_bytes(architecture, precision: str, lora: int = 0, frozen: str = "float32",
+        tokens: int = 32) -> float:
+    """Bytes that one token of the real student leaves for the backward pass, measured on a tiny
+    one; `lora`: the real rank, 0 if all weights train."""
     def graph(layers: int, rows: int) -> tuple[int, int]:
         c = tiny(architecture, 32, layers, 64, bos_token_id=None, eos_token_id=0, pad_token_id=None)
         for name in ("attn_pdrop", "attention_dropout"):
             if hasattr(c, name): setattr(c, name, 0.)
         model = AutoModelForCausalLM.from_config(c, dtype=torch.float32)
-        if lora: model = add_lora(model.to(getattr(torch, frozen)), max(1, round(lora * c.hidden_size / architecture.hidden_size)), 1., 0.1)
+        if lora:
+            model = add_lora(model.to(getattr(torch, frozen)),
+                max(1, round(lora * c.hidden_size / architecture.hidden_size)), 1., 0.1)
         batch = collate([([1] * tokens, [])] * rows, 0)
-        with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with (LiveBytes() as live, torch.autocast("cpu", torch.bfloat16,
+                    enabled=precision == "bfloat16")):
             kept = hidden_states(model.train(), batch)      # the name keeps the graph alive
         return live.now, c.hidden_size
-    (a, width), (b, _), (c, _), (d, _) = (graph(layers, rows) for layers in (1, 3) for rows in (2, 4))
-    return ((d - c) - (b - a)) / (2 * 2 * tokens) * architecture.num_hidden_layers * architecture.hidden_size / width
+    (a, width), (b, _), (c, _), (d, _) = (graph(layers, rows) for layers in (1, 3)
+        for rows in (2, 4))
+    return ((d - c) - (b - a)) / (2 * 2
+        * tokens) * architecture.num_hidden_layers * architecture.hidden_size / width
 
 # %% ../../nbs/31_memory.ipynb #407250b3
 def chunk_copies(config: RunConfig, rows: int = 32, vocab: int = 2000, hidden: int = 8) -> float:
-    "How many float32 tensors of (rows, V) the objective of `config` holds at most, measured on few classes."
-    objective = make_objective(config.model_copy(update=dict(chunk_tokens=rows, sub_width=4)), vocab)
+    """How many float32 tensors of (rows, V) the objective of `config` holds at most, measured on
+    few classes."""
+    objective = make_objective(config.model_copy(update=dict(chunk_tokens=rows, sub_width=4)),
+        vocab)
     objective.block_rows = rows         # as on a GPU: a chunk is not divided further
     heads = [nn.Linear(hidden, vocab, bias=False).requires_grad_(False) for _ in range(2)]
-    text = Text(torch.randn(2 * rows, hidden, requires_grad=True), torch.zeros(2 * rows, dtype=torch.long), heads[0], torch.randn(2 * rows, hidden), heads[1], torch.rand(2 * rows), vocab, Policy(*torch.zeros(4, 2 * rows)))
-    counts = {name: torch.tensor(2. * rows) for name in ("data_tokens", "distilled_tokens", "distilled_spans")}
+    text = Text(torch.randn(2 * rows, hidden, requires_grad=True),
+        torch.zeros(2 * rows, dtype=torch.long), heads[0], torch.randn(2 * rows, hidden), heads[1],
+        torch.rand(2 * rows), vocab, Policy(*torch.zeros(4, 2 * rows)))
+    counts = {name: torch.tensor(2. * rows) for name in ("data_tokens", "distilled_tokens",
+            "distilled_spans")}
     most = 0
     for names in (objective.on("data"), objective.on("distilled")):
         if not names: continue
-        with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16): objective(text, names, counts)
+        with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16):
+            objective(text, names, counts)
         most = max(most, live.most)
     return most / (rows * vocab * 4)
 
 # %% ../../nbs/31_memory.ipynb #96635188
 @dataclass
 class Item:
-    "One line of the estimate: `size` bytes in a phase (`always`: in every phase of the distillation), and where the number comes from."
+    """One line of the estimate: `size` bytes in a phase (`always`: in every phase of the
+    distillation), and where the number comes from."""
     phase: str
     what: str
     size: float
     how: str
 
 def graphs(config: RunConfig) -> int:
-    "Graphs of the student that are alive at once: the ground truth and the student's text are two passes, one text is one."
+    """Graphs of the student that are alive at once: the ground truth and the student's text are two
+    passes, one text is one."""
     return 2 if config.sft_weight > 0 and config.distils and config.sampling != "fixed" else 1
 
 # %% ../../nbs/31_memory.ipynb #ca0b992e
 @dataclass
 class Sizes:
-    "What the estimate is made of: the real architectures, parameters, classes, and the types they are held in."
+    """What the estimate is made of: the real architectures, parameters, classes, and the types they
+    are held in."""
     teacher: object
     student: object
     vocab: int              # V, at most
@@ -120,12 +139,22 @@ class Sizes:
     def trained(self) -> int: return (self.adapters or self.student_weights) + self.sub
 
 def sizes(config: RunConfig, teacher, student) -> Sizes:
-    "Count everything. `auto` is bfloat16 unless the GPU here does not compute in it: a processor is not where memory is short."
-    auto = resolve_precision(config.precision, torch.device("cuda")) if torch.cuda.is_available() else "bfloat16"
+    """Count everything.
+
+    `auto` is bfloat16 unless the GPU here does not compute in it: a processor is not where memory
+    is short."""
+    auto = (resolve_precision(config.precision, torch.device("cuda")) if torch.cuda.is_available()
+        else "bfloat16")
     precision = auto if config.precision == "auto" else config.precision
-    s = Sizes(teacher, student, min(teacher.vocab_size, student.vocab_size), precision, precision if config.frozen_precision == "auto" else config.frozen_precision)
-    s.teacher_weights, s.student_weights, s.sub = count(blueprint(teacher)), count(blueprint(student)), sub_network_size(config, s.vocab)
-    if config.lora_rank: s.adapters, s.teacher_adapters = (count(add_lora(blueprint(a), config.lora_rank, config.lora_alpha, config.lora_dropout), trained=True) for a in (student, teacher))
+    s = Sizes(teacher, student, min(teacher.vocab_size, student.vocab_size), precision,
+        precision if config.frozen_precision == "auto" else config.frozen_precision)
+    s.teacher_weights = count(blueprint(teacher))
+    s.student_weights = count(blueprint(student))
+    s.sub = sub_network_size(config, s.vocab)
+    if config.lora_rank:
+        s.adapters, s.teacher_adapters = (count(add_lora(blueprint(a), config.lora_rank,
+                    config.lora_alpha, config.lora_dropout), trained=True)
+            for a in (student, teacher))
     return s
 
 # %% ../../nbs/31_memory.ipynb #0485a5af
@@ -136,78 +165,121 @@ def held(phase: str, what: str, weights: int, kind: str) -> Item:
     return Item(phase, what, weights * BYTES[kind], f"{millions(weights)} weights in {kind}")
 
 def casts(phase: str, s: Sizes, weights: int) -> list[Item]:
-    "Autocast keeps bfloat16 copies of float32 weights for as long as a pass, its graph or a text lasts."
-    return [Item(phase, "casts", weights * 2, f"bfloat16 copies of {millions(weights)} float32 weights")] if s.precision == "bfloat16" and weights else []
+    """Autocast keeps bfloat16 copies of float32 weights for as long as a pass, its graph or a text
+    lasts."""
+    return ([Item(phase, "casts", weights * 2,
+                f"bfloat16 copies of {millions(weights)} float32 weights")]
+        if s.precision == "bfloat16" and weights else [])
 
 def chunk(phase: str, c: RunConfig, s: Sizes) -> Item:
     "The objective's share."
     copies = chunk_copies(c)
-    return Item(phase, "chunk", copies * (c.chunk_tokens + 1) * s.vocab * 4, f"{copies:.0f} float32 tensors of {c.chunk_tokens + 1} x {s.vocab:,}, measured on few classes")
+    return Item(phase, "chunk", copies * (c.chunk_tokens + 1) * s.vocab * 4,
+        f"{copies:.0f} float32 tensors of {c.chunk_tokens + 1} x {s.vocab:,}, measured on few "
+        "classes")
 
 def activations(phase: str, rows: int, lengths: list[int], token: float) -> Item:
     "A line for `rows` texts, each as long as allowed, in one or two passes."
-    return Item(phase, "activations", token * rows * sum(lengths), f"{rows} x {' + '.join(map(str, lengths)) if len(lengths) < 2 else '(' + ' + '.join(map(str, lengths)) + ')'} tokens x {token / 1e6:.2f} MB, measured on a tiny model")
+    return Item(phase, "activations", token * rows * sum(lengths),
+        f"{rows} x "
+        f"{' + '.join(map(str, lengths)) if len(lengths) < 2 else '(' + ' + '.join(map(str, lengths)) + ')'} " f"tokens x {token / 1e6:.2f} MB, measured on a tiny model")
 
 # %% ../../nbs/31_memory.ipynb #d7edbab5
 def fine_tuning(c: RunConfig, s: Sizes, who: str) -> list[Item]:
-    "The fine-tuning of `who` (teacher or student) on the training data; the student's has the teacher beside it."
+    """The fine-tuning of `who` (teacher or student) on the training data; the student's has the
+    teacher beside it."""
     if getattr(c, f"{who}_sft_steps") == 0: return []
-    phase, weights, adapters = f"{who} SFT", getattr(s, f"{who}_weights"), s.teacher_adapters if who == "teacher" else s.adapters
-    plain = c.model_copy(update=dict(sft_weight=1., dac_weight=0., span_weight=0., kd_weight=0., pg_weight=0.))
+    phase = f"{who} SFT"
+    weights = getattr(s, f"{who}_weights")
+    adapters = s.teacher_adapters if who == "teacher" else s.adapters
+    plain = c.model_copy(update=dict(sft_weight=1., dac_weight=0., span_weight=0., kd_weight=0.,
+            pg_weight=0.))
     trained = adapters or weights
-    return [held(phase, who, weights, "float32"), *([held(phase, "teacher beside it", s.teacher_weights, "float32")] if who == "student" else []),
+    return [held(phase, who, weights, "float32"),
+        *([held(phase, "teacher beside it", s.teacher_weights, "float32")] if who == "student"
+            else []),
             *([held(phase, "adapters", adapters, "float32")] if adapters else []),
-            Item(phase, "gradients, AdamW", trained * 12, f"three numbers in float32 for each of {millions(trained)} weights"), *casts(phase, s, weights + adapters),
-            activations(phase, c.micro_batch_size or c.batch_size, [c.max_tokens], activation_bytes(getattr(s, who), s.precision, c.lora_rank)), chunk(phase, plain, s)]
+            Item(phase, "gradients, AdamW", trained * 12,
+                f"three numbers in float32 for each of {millions(trained)} weights"),
+            *casts(phase, s, weights + adapters),
+            activations(phase, c.micro_batch_size or c.batch_size, [c.max_tokens],
+                activation_bytes(getattr(s, who), s.precision, c.lora_rank)),
+            chunk(phase, plain, s)]
 
 def loading(c: RunConfig, s: Sizes) -> list[Item]:
     "Teacher and student when the student has just arrived."
-    return [held("loading", who, getattr(s, f"{who}_weights"), "float32") for who in ("teacher", "student")]
+    return [held("loading", who, getattr(s, f"{who}_weights"), "float32")
+        for who in ("teacher", "student")]
 
 # %% ../../nbs/31_memory.ipynb #859f664d
 def always(c: RunConfig, s: Sizes) -> list[Item]:
     "What stays on the device."
-    student = [held("always", "student, frozen", s.student_weights, s.frozen), held("always", "adapters", s.adapters, "float32")] if s.adapters else [held("always", "student", s.student_weights, "float32")]
-    return [held("always", "teacher", s.teacher_weights, s.frozen), *student, *([held("always", "f_sub", s.sub, "float32")] if s.sub else []),
-            Item("always", "AdamW", s.trained * 8, f"two moments of {millions(s.trained)} weights in float32"),
-            *casts("always", s, s.adapters + (s.student_weights if not s.adapters or s.frozen == "float32" else 0))]
+    student = ([held("always", "student, frozen", s.student_weights, s.frozen),
+            held("always", "adapters", s.adapters, "float32")] if s.adapters
+        else [held("always", "student", s.student_weights, "float32")])
+    return [held("always", "teacher", s.teacher_weights, s.frozen), *student,
+        *([held("always", "f_sub", s.sub, "float32")] if s.sub else []),
+            Item("always", "AdamW", s.trained * 8,
+                f"two moments of {millions(s.trained)} weights in float32"),
+            *casts("always", s, s.adapters + (s.student_weights if not s.adapters
+                    or s.frozen == "float32" else 0))]
 
 def step(c: RunConfig, s: Sizes) -> list[Item]:
-    "What the backward pass of a micro-batch needs. The objective holds the gradients of head and f_sub from the forward pass on."
+    """What the backward pass of a micro-batch needs.
+
+    The objective holds the gradients of head and f_sub from the forward pass on."""
     lengths = [c.max_tokens, c.max_prompt_tokens + c.max_new_tokens][:graphs(c)]
     early = s.sub + (0 if s.adapters else len(lengths) * s.vocab * s.student.hidden_size)
-    return [Item("step", "gradients", (s.trained + early) * 4, f"{millions(s.trained)} in float32, and {millions(early)} that the objective holds"),
-            activations("step", c.micro_batch_size or c.batch_size, lengths, activation_bytes(s.student, s.precision, c.lora_rank, s.frozen)), chunk("step", c, s)]
+    return [Item("step", "gradients", (s.trained + early) * 4,
+            f"{millions(s.trained)} in float32, and {millions(early)} that the objective holds"),
+            activations("step", c.micro_batch_size or c.batch_size, lengths,
+                activation_bytes(s.student, s.precision, c.lora_rank, s.frozen)),
+            chunk("step", c, s)]
 
 def forward_work(architecture, s: Sizes, rows: int, tokens: int) -> float:
-    "Bytes of one layer's intermediate results in a pass without gradient: a rough guess, 3 inner and 4 hidden widths a token."
-    inner = next((getattr(architecture, n) for n in ("intermediate_size", "ffn_dim", "n_inner") if getattr(architecture, n, None)), 4 * architecture.hidden_size)
+    """Bytes of one layer's intermediate results in a pass without gradient: a rough guess, 3 inner
+    and 4 hidden widths a token."""
+    inner = next((getattr(architecture, n) for n in ("intermediate_size", "ffn_dim", "n_inner")
+            if getattr(architecture, n, None)), 4 * architecture.hidden_size)
     return rows * tokens * (3 * inner + 4 * architecture.hidden_size) * BYTES[s.precision]
 
 def texts(phase: str, c: RunConfig, s: Sizes, models: dict, rows: int) -> list[Item]:
     "Keys and values of `rows` texts in each of `models`, and the work of reading them once."
     tokens = c.max_prompt_tokens + c.max_new_tokens
-    found = [Item(phase, f"keys and values, {who}", rows * tokens * cache_bytes(a, s.precision), f"{rows} x {tokens} tokens x {cache_bytes(a, s.precision) / 1e6:.2f} MB") for who, a in models.items()]
-    return found + [Item(phase, "forward", max(forward_work(a, s, rows, tokens) for a in models.values()), f"one layer's work on {rows} x {tokens} tokens, a rough guess")]
+    found = [Item(phase, f"keys and values, {who}", rows * tokens * cache_bytes(a, s.precision),
+            f"{rows} x {tokens} tokens x {cache_bytes(a, s.precision) / 1e6:.2f} MB")
+        for who, a in models.items()]
+    return (found + [Item(phase, "forward", max(forward_work(a, s, rows, tokens)
+                    for a in models.values()),
+                f"one layer's work on {rows} x {tokens} tokens, a rough guess")])
 
 def writing(c: RunConfig, s: Sizes) -> list[Item]:
-    "The student's texts of a step. The teacher keeps its own keys where it reads them for SCRG or a policy gradient, or writes along."
+    """The student's texts of a step.
+
+    The teacher keeps its own keys where it reads them for SCRG or a policy gradient, or writes
+    along."""
     if not c.distils or c.sampling == "fixed": return []
-    return texts("writing", c, s, {"student": s.student} | ({"teacher": s.teacher} if c.scrg or c.pg_weight > 0 or c.teacher_mix > 0 else {}), c.batch_size)
+    return texts("writing", c, s, {"student": s.student}
+        | ({"teacher": s.teacher} if c.scrg or c.pg_weight > 0 or c.teacher_mix > 0 else {}),
+        c.batch_size)
 
 def evaluation(c: RunConfig, s: Sizes) -> list[Item]:
     "The answers of the model with the larger keys: teacher and student answer one after the other."
     who = max(("teacher", "student"), key=lambda w: cache_bytes(getattr(s, w), s.precision))
-    return texts("evaluation", c, s, {who: getattr(s, who)}, min(c.eval_batch_size, c.eval_prompts or c.eval_batch_size))
+    return texts("evaluation", c, s, {who: getattr(s, who)},
+        min(c.eval_batch_size, c.eval_prompts or c.eval_batch_size))
 
 # %% ../../nbs/31_memory.ipynb #aa7f1b1b
 def memory(c: RunConfig, s: Sizes) -> list[Item]:
     "All lines of the estimate, in the order of a run."
-    return [*fine_tuning(c, s, "teacher"), *fine_tuning(c, s, "student"), *loading(c, s), *always(c, s), *writing(c, s), *step(c, s), *evaluation(c, s)]
+    return [*fine_tuning(c, s, "teacher"), *fine_tuning(c, s, "student"), *loading(c, s),
+        *always(c, s), *writing(c, s), *step(c, s), *evaluation(c, s)]
 
-DISTILLING = ("writing", "step", "evaluation")      # the phases in which all that is `always` there counts
+# the phases in which all that is `always` there counts
+DISTILLING = ("writing", "step", "evaluation")
 
 def phases(items: list[Item]) -> dict[str, float]:
     "Bytes of each phase."
     of = lambda phase: sum(i.size for i in items if i.phase == phase)
-    return {phase: of(phase) + (of("always") if phase in DISTILLING else 0) for phase in dict.fromkeys(i.phase for i in items) if phase != "always"}
+    return {phase: of(phase) + (of("always") if phase in DISTILLING else 0)
+        for phase in dict.fromkeys(i.phase for i in items) if phase != "always"}

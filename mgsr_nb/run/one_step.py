@@ -16,22 +16,29 @@ from ..models import LAYER
 # %% ../../nbs/34_one_step.ipynb #cbc70198
 def shapes(**tensors: Tensor) -> str:
     "One line: name, shape and type of each tensor."
-    return "   ".join(f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items())
+    return "   ".join(f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+        for name, t in tensors.items())
 
-def heat_strip(tokens: Sequence[str], values: Sequence[float], title: str = "", marked: Sequence[bool] = ()) -> str:
-    "HTML of a text whose tokens are coloured by their values, from 0 (clear) to the largest; `marked` ones are underlined. The value appears under the pointer."
+def heat_strip(tokens: Sequence[str], values: Sequence[float], title: str = "",
+        marked: Sequence[bool] = ()) -> str:
+    """HTML of a text whose tokens are coloured by their values, from 0 (clear) to the largest;
+    `marked` ones are underlined. The value appears under the pointer."""
     top, marked = max([*values, 1e-12]), list(marked) or [False] * len(tokens)
     def piece(token, value, mark):
         line = "text-decoration:underline;" if mark else ""
         shown = html.escape(token).replace("\n", "↵")
-        return f'<span title="{value:.3f}" style="background:rgba(217,102,13,{.6 * max(value, 0) / top:.2f});{line}">{shown}</span>'
-    return f'<p style="white-space:pre-wrap">{html.escape(title)}{"".join(map(piece, tokens, values, marked))}</p>'
+        return (f'<span title="{value:.3f}" '
+            f'style="background:rgba(217,102,13,{.6 * max(value, 0) / top:.2f});{line}">{shown}</span>')
+    return ('<p '
+        f'style="white-space:pre-wrap">{html.escape(title)}{"".join(map(piece, tokens, values, marked))}</p>')
 
 def gradient_norms(model: nn.Module) -> pd.Series:
-    "Norm of the gradient of each decoder layer, and of the rest (embedding with the tied head, last norm) under 'rest'. Parameters without a gradient count as 0."
+    """Norm of the gradient of each decoder layer, and of the rest (embedding with the tied head,
+    last norm) under 'rest'. Parameters without a gradient count as 0."""
     squares = {}
     for name, p in model.named_parameters():
         found = LAYER.match(name)
         key = f"layer {found[2]}" if found else "rest"
-        squares[key] = squares.get(key, 0.) + (p.grad.square().sum().item() if p.grad is not None else 0.)
+        squares[key] = (squares.get(key, 0.) + (p.grad.square().sum().item() if p.grad is not None
+                else 0.))
     return pd.Series(squares) ** .5

@@ -21,20 +21,31 @@ def make_clip(config: RunConfig, vocab: int) -> nn.Module:
     "The clipper that `clip` names (notebook 07)."
     upper, lower = config.limits
     if config.clip == "learned":
-        sub = SubNetwork(vocab, config.sub_layers, config.sub_width, config.sub_inputs, config.sub_top_k, upper, lower)
-        # a hard mask passes no gradient, and without dense classes there is no mask: it would only wait for one, and decay
+        sub = SubNetwork(vocab, config.sub_layers, config.sub_width, config.sub_inputs,
+            config.sub_top_k, upper, lower)
+        # a hard mask passes no gradient, and without dense classes there is no mask: it would only
+        # wait for one, and decay
         if config.mask_temperature == 0 or config.dac_classes == "target": sub.requires_grad_(False)
         return LearnedClip(sub, config.clip_reading, config.mask_temperature)
-    if config.clip == "fixed_quantile": return FixedClip(upper, lower, config.clip_reading, config.mask_temperature)
-    if config.clip == "fixed_percentile": return FixedClip(upper, lower, "rank", config.mask_temperature)  # percentiles count classes
+    if config.clip == "fixed_quantile":
+        return FixedClip(upper, lower, config.clip_reading, config.mask_temperature)
+    # percentiles count classes
+    if config.clip == "fixed_percentile":
+        return FixedClip(upper, lower, "rank", config.mask_temperature)
     return TopFraction(config.clip_fraction) if config.clip == "top_fraction" else NoClip()
 
 def make_objective(config: RunConfig, vocab: int) -> Objective:
-    "Eq. 11 with the terms whose weight is not 0; with kd_weight and pg_weight, those of the baselines."
-    options = {"jsd": dict(beta=config.jsd_beta), "skew_forward_kl": dict(alpha=config.skew_alpha), "skew_reverse_kl": dict(alpha=config.skew_alpha)}
+    """Eq.
+
+    11 with the terms whose weight is not 0; with kd_weight and pg_weight, those of the baselines.
+    """
+    options = {"jsd": dict(beta=config.jsd_beta), "skew_forward_kl": dict(alpha=config.skew_alpha),
+        "skew_reverse_kl": dict(alpha=config.skew_alpha)}
     make = {"sft": lambda: NLL(), "span": lambda: Span(config.span_relation),
-            "dac": lambda: DAC(DACKL(make_clip(config, vocab), config.target_class, config.remainder, config.dac_classes)),
-            "kd": lambda: Divergence(config.kd_loss, **options.get(config.kd_loss, {})), "pg": lambda: PolicyGradient(config.pg_clip, config.pg_single_step)}
+            "dac": lambda: DAC(DACKL(make_clip(config, vocab), config.target_class,
+                    config.remainder, config.dac_classes)),
+            "kd": lambda: Divergence(config.kd_loss, **options.get(config.kd_loss, {})),
+            "pg": lambda: PolicyGradient(config.pg_clip, config.pg_single_step)}
     weights = {name: w for name in make if (w := getattr(config, f"{name}_weight")) > 0}
     torch.manual_seed(config.seed)  # f_sub's hidden layers
     return Objective({name: make[name]() for name in weights}, weights, config.chunk_tokens)
@@ -42,9 +53,12 @@ def make_objective(config: RunConfig, vocab: int) -> Objective:
 def make_source(config: RunConfig, sample: Callable):
     "The source that `sampling` names (notebook 10)."
     on_policy = OnPolicy(sample, config.seed, config.max_new_tokens)
-    return {"fixed": lambda: Fixed(), "on_policy": lambda: on_policy, "mixed": lambda: Mixed(on_policy, config.mixed_fraction, config.seed),
-            "off_policy": lambda: OffPolicy(on_policy, config.seed, config.max_steps, config.batch_size, config.buffer_size, config.threshold_start)}[config.sampling]()
+    return {"fixed": lambda: Fixed(), "on_policy": lambda: on_policy,
+        "mixed": lambda: Mixed(on_policy, config.mixed_fraction, config.seed),
+            "off_policy": lambda: OffPolicy(on_policy, config.seed, config.max_steps,
+                config.batch_size, config.buffer_size, config.threshold_start)}[config.sampling]()
 
 def make_detector(config: RunConfig) -> Callable:
     "What decides which token SCRG corrects (notebook 11)."
-    return {"max_kl": MaxKL, "threshold": lambda: FirstAbove(config.scrg_threshold), "random": AnyDifference}[config.scrg_detect]()
+    return {"max_kl": MaxKL, "threshold": lambda: FirstAbove(config.scrg_threshold),
+        "random": AnyDifference}[config.scrg_detect]()

@@ -12,26 +12,41 @@ from ..files import project_root
 
 # %% ../../nbs/35_performance.ipynb #71eacc89
 def measured(part: str, folder: str | Path = "") -> pd.DataFrame:
-    "The rows that `tools/bench.py` wrote for `part` (loss, growth, scrg, step; profile is of `tools/profile_objective.py`), by case. Raises `FileNotFoundError` with the command that makes them."
+    """The rows that `tools/bench.py` wrote for `part` (loss, growth, scrg, step; profile is of
+    `tools/profile_objective.py`), by case. Raises `FileNotFoundError` with the command that makes
+    them."""
     path = (Path(folder) if folder else project_root()/"runs"/"performance")/f"{part}.csv"
-    if not path.is_file(): raise FileNotFoundError(f"{path} does not exist: `make performance` writes it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: `make performance` writes it")
     return pd.read_csv(path).set_index("case")
 
-def against(table: pd.DataFrame, cases: list[str], bases: list[str], what: str = "seconds_median") -> float:
-    "The sum of `what` over `cases` (`-name` is subtracted), divided by that over `bases`. NaN if one was not measured (a peer that is not installed)."
+def against(table: pd.DataFrame, cases: list[str], bases: list[str],
+        what: str = "seconds_median") -> float:
+    """The sum of `what` over `cases` (`-name` is subtracted), divided by that over `bases`.
+
+    NaN if one was not measured (a peer that is not installed)."""
     names = [c.lstrip("-") for c in cases]
     if not {*names, *bases} <= set(table.index): return float("nan")
-    return sum(table.loc[n, what] * (-1 if c.startswith("-") else 1) for n, c in zip(names, cases)) / table.loc[bases, what].sum()
+    return sum(table.loc[n, what] * (-1 if c.startswith("-") else 1)
+        for n, c in zip(names, cases)) / table.loc[bases, what].sum()
 
 # %% ../../nbs/35_performance.ipynb #23844b1c
 BARS = [  # what, part, cases, bases, column, at most
-    ("objective: time / Liger's chunked JSD", "loss", ["mgsr"], ["liger_jsd"], "seconds_median", 0.85),
-    ("objective: time / dense forward KL", "loss", ["mgsr"], ["dense_forward_kl"], "seconds_median", 1.25),
-    ("objective: peak memory / dense forward KL", "loss", ["mgsr"], ["dense_forward_kl"], "peak_mb", 0.25),
-    ("the student's writing with SCRG / without", "scrg", ["generate_and_scrg", "-score"], ["generate"], "seconds_median", 2.0),
-    ("off-policy step (replay) / KD step", "step", ["mgsr_off_policy_replay"], ["kd"], "seconds_median", 1.6),
-    ("on-policy step / sum of its parts", "step", ["mgsr"], ["floor_student", "floor_student", "floor_teacher", "floor_decode"], "seconds_median", 1.15),
-    ("GKD step / TRL's GKD step, both on student text", "step", ["gkd_without_nll"], ["trl_gkd"], "seconds_median", 1.0),
+    ("objective: time / Liger's chunked JSD", "loss", ["mgsr"], ["liger_jsd"], "seconds_median",
+        0.85),
+    ("objective: time / dense forward KL", "loss", ["mgsr"], ["dense_forward_kl"], "seconds_median",
+        1.25),
+    ("objective: peak memory / dense forward KL", "loss", ["mgsr"], ["dense_forward_kl"], "peak_mb",
+        0.25),
+    ("the student's writing with SCRG / without", "scrg", ["generate_and_scrg", "-score"],
+        ["generate"], "seconds_median", 2.0),
+    ("off-policy step (replay) / KD step", "step", ["mgsr_off_policy_replay"], ["kd"],
+        "seconds_median", 1.6),
+    ("on-policy step / sum of its parts", "step", ["mgsr"],
+        ["floor_student", "floor_student", "floor_teacher", "floor_decode"], "seconds_median",
+        1.15),
+    ("GKD step / TRL's GKD step, both on student text", "step", ["gkd_without_nll"], ["trl_gkd"],
+        "seconds_median", 1.0),
 ]
 
 def bars(folder: str | Path = "") -> pd.DataFrame:
@@ -39,5 +54,6 @@ def bars(folder: str | Path = "") -> pd.DataFrame:
     rows = []
     for what, part, cases, bases, column, most in BARS:
         value = against(measured(part, folder), cases, bases, column)
-        rows.append({"bar": what, "at most": most, "measured": value, "reached": None if pd.isna(value) else bool(value <= most)})
+        rows.append({"bar": what, "at most": most, "measured": value,
+                "reached": None if pd.isna(value) else bool(value <= most)})
     return pd.DataFrame(rows).set_index("bar")

@@ -15,13 +15,20 @@ from .blueprints import Conventions, save_tiny
 
 # %% ../../nbs/30_rehearsal.ipynb #e2634d96
 def rehearsal(config: RunConfig, teacher: str, student: str, folder: Path) -> RunConfig:
-    "The parameters of the tiny run: `teacher` and `student` are folders of tiny models (`student` may be truncate), `folder` takes what is written."
-    most = lambda **limits: {name: min(getattr(config, name), limit) for name, limit in limits.items()}
+    """The parameters of the tiny run: `teacher` and `student` are folders of tiny models (`student`
+    may be truncate), `folder` takes what is written."""
+    most = lambda **limits: {name: min(getattr(config, name), limit)
+        for name, limit in limits.items()}
     parts = math.ceil(config.batch_size / (config.micro_batch_size or config.batch_size))
-    small = most(batch_size=2 * min(parts, 3), micro_batch_size=2, student_layers=2, teacher_sft_steps=1, student_sft_steps=1, lora_rank=2, max_prompt_tokens=32, max_tokens=64,
-                 max_new_tokens=16, chunk_tokens=24, sub_width=8, sub_top_k=16, max_steps=2, warmup_steps=1, eval_batch_size=2, eval_every=1, checkpoint_every=1)
-    small |= dict(teacher=teacher, student=student, max_train_examples=8, eval_prompts=2, eval_seeds=config.eval_seeds.split(",")[0], log_every=1, run_name="rehearsal", runs_dir=str(folder), dry_run=False)
-    small |= dict(buffer_size=small["batch_size"], threshold_start=1.0, mixed_fraction=1.0)      # the student writes in the first step
+    small = most(batch_size=2 * min(parts, 3), micro_batch_size=2, student_layers=2,
+        teacher_sft_steps=1, student_sft_steps=1, lora_rank=2, max_prompt_tokens=32, max_tokens=64,
+                 max_new_tokens=16, chunk_tokens=24, sub_width=8, sub_top_k=16, max_steps=2,
+                 warmup_steps=1, eval_batch_size=2, eval_every=1, checkpoint_every=1)
+    small |= dict(teacher=teacher, student=student, max_train_examples=8, eval_prompts=2,
+        eval_seeds=config.eval_seeds.split(",")[0], log_every=1, run_name="rehearsal",
+        runs_dir=str(folder), dry_run=False)
+    # the student writes in the first step
+    small |= dict(buffer_size=small["batch_size"], threshold_start=1.0, mixed_fraction=1.0)
     if not config.data_dir: small |= dict(data="tiny", eval_sets="tiny")
     return RunConfig(**config.model_dump() | small)
 
@@ -48,7 +55,8 @@ def quietly():
 
 @contextlib.contextmanager
 def named(real: dict[str, str]):
-    "A `ConfigError` that names a temporary folder names what the folder stands for instead: `real` is {folder: name}."
+    """A `ConfigError` that names a temporary folder names what the folder stands for instead:
+    `real` is {folder: name}."""
     try: yield
     except ConfigError as e:
         text = str(e)
@@ -56,14 +64,22 @@ def named(real: dict[str, str]):
         raise ConfigError(text) from e
 
 # %% ../../nbs/30_rehearsal.ipynb #04070707
-def rehearse(config: RunConfig, teacher, student, c: Conventions, folder: Path, cpu: bool = False) -> dict:
-    "Run the tiny run of the architectures `teacher` and `student` (None: cut from the teacher) in `folder`; what happened."
+def rehearse(config: RunConfig, teacher, student, c: Conventions, folder: Path,
+        cpu: bool = False) -> dict:
+    """Run the tiny run of the architectures `teacher` and `student` (None: cut from the teacher) in
+    `folder`; what happened."""
     began = time.perf_counter()
-    t, s, runs = str(folder/"teacher"), "truncate" if student is None else str(folder/"student"), folder/"runs"
+    t = str(folder/"teacher")
+    s = "truncate" if student is None else str(folder/"student")
+    runs = folder/"runs"
     with quietly(), cache_in(folder/"cache"), named({t: config.teacher, s: config.student}):
         save_tiny(t, teacher, 16, 3, c, seed=1)         # wider and deeper than the student
         if student is not None: save_tiny(s, student, 8, 2, c, seed=2)
         metrics = run(rehearsal(config, t, s, runs), cpu)
-    with open(runs/"rehearsal"/"log.csv") as f: rows = [row for row in csv.DictReader(f) if row.get("loss")]
-    return {"losses": [float(row["loss"]) for row in rows], "validation_nll": metrics["student"]["validation"]["nll"], "train_examples": metrics["data"]["train"],
-            "device": metrics["machine"]["device"], "precision": metrics["machine"]["precision"], "seconds": time.perf_counter() - began}
+    with open(runs/"rehearsal"/"log.csv") as f:
+        rows = [row for row in csv.DictReader(f) if row.get("loss")]
+    return {"losses": [float(row["loss"]) for row in rows],
+        "validation_nll": metrics["student"]["validation"]["nll"],
+        "train_examples": metrics["data"]["train"],
+            "device": metrics["machine"]["device"], "precision": metrics["machine"]["precision"],
+            "seconds": time.perf_counter() - began}

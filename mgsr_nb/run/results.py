@@ -22,39 +22,58 @@ from .setup import Setup, prepare
 from .trainer import Trainer
 
 # %% ../../nbs/28_results.ipynb #b13a3936
-def scores(setup: Setup, model: nn.Module, key: Optional[dict] = None, validation: Optional[dict] = None) -> dict:
-    "Validation and test metrics of `model`, `average` over the test sets, and its answers; read from the cache if `key` was evaluated before. `validation`: what `Setup.validated` found of it already."
+def scores(setup: Setup, model: nn.Module, key: Optional[dict] = None,
+        validation: Optional[dict] = None) -> dict:
+    """Validation and test metrics of `model`, `average` over the test sets, and its answers; read
+    from the cache if `key` was evaluated before. `validation`: what `Setup.validated` found of it
+    already."""
     c, s, teacher_text = setup.config, setup, None
-    if c.eval_exposure and c.eval_temperature == 1 and model is not s.teacher:      # draws from the models themselves
+    # draws from the models themselves
+    if c.eval_exposure and c.eval_temperature == 1 and model is not s.teacher:
         teacher_text = scores(s, s.teacher, s.keys["teacher"])["ids"]
     def compute():
         model.eval()
         held = validation or s.validated(model)
         with s.accelerator.autocast():
-            test, answers, ids = evaluate(model, s.teacher, s.eval_sets, s.sampler(model, temperature=c.eval_temperature), s.tokenizer, s.vocab, c.eval_seed_list, c.max_new_tokens, c.eval_batch_size,
+            test, answers, ids = evaluate(model, s.teacher, s.eval_sets,
+                s.sampler(model, temperature=c.eval_temperature), s.tokenizer, s.vocab,
+                c.eval_seed_list, c.max_new_tokens, c.eval_batch_size,
                                           c.chunk_tokens, teacher_text, s.states)
-        average = {k: sum(m[k] for m in test.values()) / len(test) for k in ("rouge_l", "nll", "kl")}
-        return {"validation": held, "test": test, "average": average, "answers": answers, "ids": ids}
+        average = {k: sum(m[k] for m in test.values()) / len(test)
+            for k in ("rouge_l", "nll", "kl")}
+        return {"validation": held, "test": test, "average": average, "answers": answers,
+            "ids": ids}
     if key is None: return compute()
-    return json.loads((made_once("scores", key, lambda folder: write_json(folder/"scores.json", compute()))/"scores.json").read_text())
+    return json.loads((made_once("scores", key,
+                lambda folder: write_json(folder/"scores.json",
+                    compute()))/"scores.json").read_text())
 
 def machine(setup: Setup) -> dict:
     "What the run ran on."
     import transformers
     a = setup.accelerator
-    return {"device": torch.cuda.get_device_name(a.device) if a.device.type == "cuda" else platform.processor() or platform.machine(), "device_type": a.device.type,
-            "processes": a.num_processes, "threads": torch.get_num_threads(), "precision": precision_of(a),
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    return {"device": torch.cuda.get_device_name(a.device) if a.device.type == "cuda"
+        else platform.processor() or platform.machine(), "device_type": a.device.type,
+            "processes": a.num_processes, "threads": torch.get_num_threads(),
+            "precision": precision_of(a),
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version()}
 
-def write_results(setup: Setup, folder: Path, start: dict, teacher: dict, end: dict, log: list[dict], seconds: dict[str, float]) -> dict:
+def write_results(setup: Setup, folder: Path, start: dict, teacher: dict, end: dict,
+        log: list[dict], seconds: dict[str, float]) -> dict:
     "Write log.csv, samples.jsonl, the student and, last, metrics.json; returns the metrics."
     c, plain = setup.config, lambda s: {k: v for k, v in s.items() if k not in ("answers", "ids")}
-    metrics = {"run_name": run_name(c), "digest": c.digest, "config": c.model_dump(exclude={"data_dir", "runs_dir"}), "machine": machine(setup), "data": setup.report,
-               "student_start": plain(start), "student": plain(end), "teacher": plain(teacher), "seconds": seconds}
+    metrics = {"run_name": run_name(c), "digest": c.digest,
+        "config": c.model_dump(exclude={"data_dir", "runs_dir"}), "machine": machine(setup),
+        "data": setup.report,
+               "student_start": plain(start), "student": plain(end), "teacher": plain(teacher),
+               "seconds": seconds}
     if not setup.accelerator.is_main_process: return metrics
     write_csv(folder/"log.csv", log)
-    kept = {(name, e.example.id) for name, es in setup.eval_sets.items() for e in es[:c.save_samples or None]}
-    lines = [json.dumps({"of": who, **r}, ensure_ascii=False) for who, s in (("student_start", start), ("student", end), ("teacher", teacher))
+    kept = {(name, e.example.id) for name, es in setup.eval_sets.items()
+        for e in es[:c.save_samples or None]}
+    lines = [json.dumps({"of": who, **r}, ensure_ascii=False)
+        for who, s in (("student_start", start), ("student", end), ("teacher", teacher))
              for r in s["answers"] if (r["set"], r["id"]) in kept]
     write_atomic(folder/"samples.jsonl", "\n".join(lines) + "\n")
     if c.save_student: save_model(setup.student, setup.tokenizer, folder/"student")
@@ -70,7 +89,9 @@ def tidy(folder: Path) -> None:
 # %% ../../nbs/28_results.ipynb #0fc0acb3
 @speaking()
 def run(config: RunConfig, cpu: bool = False) -> dict:
-    "A whole run without a notebook; its metrics. A finished run of the same parameters is not repeated."
+    """A whole run without a notebook; its metrics.
+
+    A finished run of the same parameters is not repeated."""
     accelerator = accelerator_of(config, cpu)
     folder = open_run(config) if accelerator.is_main_process else run_folder(config)
     accelerator.wait_for_everyone()
@@ -79,14 +100,17 @@ def run(config: RunConfig, cpu: bool = False) -> dict:
         return json.loads((folder/"metrics.json").read_text())
     begin = time.perf_counter()
     setup = prepare(config, cpu)
-    start, teacher = scores(setup, setup.student, setup.keys["student_start"]), scores(setup, setup.teacher, setup.keys["teacher"])
+    start = scores(setup, setup.student, setup.keys["student_start"])
+    teacher = scores(setup, setup.teacher, setup.keys["teacher"])
     ready = time.perf_counter()
     trainer = Trainer(setup, folder)
     trainer.resume()
     log = trainer.fit(start=start["validation"])
     trained = time.perf_counter()
     end = scores(setup, setup.student, validation=trainer.checked)
-    metrics = write_results(setup, folder, start, teacher, end, log, {"preparation": ready - begin, "training": trained - ready, "evaluation": time.perf_counter() - trained})
+    metrics = write_results(setup, folder, start, teacher, end, log,
+        {"preparation": ready - begin, "training": trained - ready,
+            "evaluation": time.perf_counter() - trained})
     accelerator.wait_for_everyone()     # nobody returns before the results are there
     return metrics
 
@@ -95,15 +119,23 @@ def metrics_table(metrics: dict) -> list[dict]:
     rows = []
     for who in ("student_start", "student", "teacher"):
         m = metrics[who]
-        row = {"model": {"student_start": "student before", "student": "student after"}.get(who, who), "validation NLL": m["validation"]["nll"], "validation KL": m["validation"]["kl"]}
-        for name, t in m["test"].items(): row |= {f"{name} NLL": t["nll"], f"{name} KL": t["kl"], f"{name} ROUGE-L": t["rouge_l"]}
-        rows.append({k: v if isinstance(v, str) else round(v, 2) for k, v in row.items()} | {"average ROUGE-L": round(m["average"]["rouge_l"], 2)})
+        row = {"model": {"student_start": "student before", "student": "student after"}.get(who,
+                who), "validation NLL": m["validation"]["nll"],
+            "validation KL": m["validation"]["kl"]}
+        for name, t in m["test"].items():
+            row |= {f"{name} NLL": t["nll"], f"{name} KL": t["kl"], f"{name} ROUGE-L": t["rouge_l"]}
+        rows.append({k: v if isinstance(v, str) else round(v, 2)
+                for k, v in row.items()} | {"average ROUGE-L": round(m["average"]["rouge_l"], 2)})
     return rows
 
 # %% ../../nbs/28_results.ipynb #66df30f8
 def learned_limits(folder: Path) -> dict:
-    "Parameters of a fixed clip at the mean limits of the log of the run in `folder`. Raises `ConfigError` if that run learned none."
+    """Parameters of a fixed clip at the mean limits of the log of the run in `folder`.
+
+    Raises `ConfigError` if that run learned none."""
     import pandas as pd
     log = pd.read_csv(Path(folder)/"log.csv")
-    if "clip_upper" not in log: raise ConfigError(f"{folder}: its log has no limits u, l; allowed: a run with clip learned")
-    return {"clip": "fixed_quantile", **{name: round(log[name].mean(), 4) for name in ("clip_upper", "clip_lower")}}
+    if "clip_upper" not in log:
+        raise ConfigError(f"{folder}: its log has no limits u, l; allowed: a run with clip learned")
+    return {"clip": "fixed_quantile", **{name: round(log[name].mean(), 4)
+            for name in ("clip_upper", "clip_lower")}}

@@ -33,7 +33,9 @@ from .artefacts import made_once, make_student, text_digest, tuned_teacher
 # %% ../../nbs/25_setup.ipynb #7c8dbe3c
 @dataclass
 class Setup:
-    "Loaded parts of a run. `keys` identify teacher and student start, for what is computed from them once."
+    """Loaded parts of a run.
+
+    `keys` identify teacher and student start, for what is computed from them once."""
     config: RunConfig
     accelerator: Accelerator
     tokenizer: object
@@ -46,73 +48,101 @@ class Setup:
     eval_sets: dict[str, list[Encoded]]
     report: dict
     keys: dict = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)    # of the training texts as they are in the data
-    states: dict = field(default_factory=dict)      # the teacher's hidden states of validation and test texts, by set
+    # of the training texts as they are in the data
+    lengths: list[int] = field(default_factory=list)
+    # the teacher's hidden states of validation and test texts, by set
+    states: dict = field(default_factory=dict)
 
     def order(self, step: int) -> list[int]:
         "Indices of the training examples of a step."
         c = self.config
-        return batch_indices(len(self.train), c.batch_size, step, c.seed, self.lengths, c.length_buckets)
+        return batch_indices(len(self.train), c.batch_size, step, c.seed, self.lengths,
+            c.length_buckets)
 
     def validated(self, model: nn.Module) -> dict:
         "`held_out` of a model on the validation examples, under the run's autocast."
         with self.accelerator.autocast():
-            return held_out(model, self.teacher, self.validation, self.tokenizer.pad_token_id, self.vocab, chunk_tokens=self.config.chunk_tokens, known=self.states.get("validation"))
+            return held_out(model, self.teacher, self.validation, self.tokenizer.pad_token_id,
+                self.vocab, chunk_tokens=self.config.chunk_tokens,
+                known=self.states.get("validation"))
 
-    def sampler(self, model: nn.Module, teacher_mix: float = 0., temperature: float = 1.) -> Callable:
-        "`sample(prompts, keys, limits, past)` of `model`, with a share of the teacher, at a temperature, under the run's autocast."
-        inner = sampler(model, self.stops, self.tokenizer.pad_token_id, self.vocab, (self.teacher, teacher_mix), temperature)
+    def sampler(self, model: nn.Module, teacher_mix: float = 0.,
+            temperature: float = 1.) -> Callable:
+        """`sample(prompts, keys, limits, past)` of `model`, with a share of the teacher, at a
+        temperature, under the run's autocast."""
+        inner = sampler(model, self.stops, self.tokenizer.pad_token_id, self.vocab,
+            (self.teacher, teacher_mix), temperature)
         def sample(*args):
             with self.accelerator.autocast(): return inner(*args)
         return sample
 
 def tokenised(examples: Sequence, tokenizer, config: RunConfig) -> list[Encoded]:
-    "`encode` of all examples. Thousands of them take a while, so their ids are an artefact, which runs with the same data, tokenizer, template and limits share."
+    """`encode` of all examples.
+
+    Thousands of them take a while, so their ids are an artefact, which runs with the same data,
+    tokenizer, template and limits share."""
     limits = config.template, config.max_prompt_tokens, config.max_tokens
     if len(examples) < 1000: return [encode(e, tokenizer, *limits) for e in examples]
     digest = lambda value: hashlib.sha256(repr(value).encode()).hexdigest()
-    key = {"examples": digest(examples), "tokenizer": digest((tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)), "limits": limits}
+    key = {"examples": digest(examples), "tokenizer": digest((tokenizer.backend_tokenizer.to_str(),
+                tokenizer.chat_template)), "limits": limits}
     def make(folder: Path):
-        ids = [(e.prompt_ids, e.response_ids) for e in (encode(e, tokenizer, *limits) for e in examples)]
+        ids = [(e.prompt_ids, e.response_ids)
+            for e in (encode(e, tokenizer, *limits) for e in examples)]
         write_atomic(folder/"ids.json", json.dumps(ids))
     ids = json.loads((made_once("tokens", key, make)/"ids.json").read_text())
-    return [Encoded(prompt, response, e) for (prompt, response), e in zip(ids, examples, strict=True)]
+    return [Encoded(prompt, response, e) for (prompt, response), e in zip(ids, examples,
+            strict=True)]
 
-def load_data(config: RunConfig, tokenizer) -> tuple[list[Encoded], list[Encoded], dict[str, list[Encoded]], dict]:
+def load_data(config: RunConfig, tokenizer) -> tuple[list[Encoded], list[Encoded],
+        dict[str, list[Encoded]], dict]:
     "Encoded training, validation and evaluation examples, and the report of what was read."
     splits = load_train(config.data, config.data_dir)
     enc = lambda examples: tokenised(examples, tokenizer, config)
     few = lambda examples: examples[:config.eval_prompts or None]
     raw = {name: load_eval_set(name, config.data_dir) for name in config.eval_set_list}
-    report = {**splits.report, "eval_records": {n: len(e) for n, e in raw.items()}, "notes": [note for n, e in raw.items() if (note := subset_note(n, e))]}
-    return enc(splits.train[:config.max_train_examples or None]), enc(few(splits.validation)), {n: enc(few(e)) for n, e in raw.items()}, report
+    report = {**splits.report, "eval_records": {n: len(e) for n, e in raw.items()},
+        "notes": [note for n, e in raw.items() if (note := subset_note(n, e))]}
+    return enc(splits.train[:config.max_train_examples
+            or None]), enc(few(splits.validation)), {n: enc(few(e)) for n, e in raw.items()}, report
 
 # %% ../../nbs/25_setup.ipynb #5f41d5e5
 def teacher_responses(setup: Setup) -> list[Encoded]:
-    "The training examples with responses sampled from the teacher (an artefact); those that no step visits keep their own."
+    """The training examples with responses sampled from the teacher (an artefact); those that no
+    step visits keep their own."""
     c = setup.config
     visited = sorted({i for step in range(c.max_steps) for i in setup.order(step)})
-    key = {**{k: setup.keys["teacher"][k] for k in ("teacher", "frozen", "precision", "device", "vocab", "stops")}, "prompts": text_digest([setup.train[i] for i in visited]), "visited": visited, "max_new_tokens": c.max_new_tokens}
+    key = {**{k: setup.keys["teacher"][k] for k in ("teacher", "frozen", "precision", "device",
+                "vocab", "stops")}, "prompts": text_digest([setup.train[i] for i in visited]),
+        "visited": visited, "max_new_tokens": c.max_new_tokens}
     def make(folder: Path):
         sample, written = setup.sampler(setup.teacher), []
-        for a in tqdm(range(0, len(visited), c.eval_batch_size), desc="teacher writes", mininterval=5, leave=False):
+        for a in tqdm(range(0, len(visited), c.eval_batch_size), desc="teacher writes",
+                mininterval=5, leave=False):
             part = visited[a:a + c.eval_batch_size]
-            written += sample([setup.train[i].prompt_ids for i in part], [("teacher", i) for i in part], [c.max_new_tokens] * len(part))
+            written += sample([setup.train[i].prompt_ids for i in part],
+                [("teacher", i) for i in part], [c.max_new_tokens] * len(part))
         write_json(folder/"responses.json", written)
     texts = json.loads((made_once("teacher_text", key, make)/"responses.json").read_text())
     found = dict(zip(visited, texts))
-    return [dataclasses.replace(e, response_ids=found[i]) if i in found else e for i, e in enumerate(setup.train)]
+    return [dataclasses.replace(e, response_ids=found[i]) if i in found else e
+        for i, e in enumerate(setup.train)]
 
 # %% ../../nbs/25_setup.ipynb #1bd90660
 def check_tools(config: RunConfig) -> None:
     "Refuse what needs a package or a program that is not here. Raises `ConfigError`."
     phrase_chunker(config.chunker)
-    if config.tracker != "none" and not getattr(accelerate.utils, f"is_{config.tracker}_available", lambda: False)():
-        raise ConfigError(f"tracker: {config.tracker} is not installed; allowed: none, or: pip install {config.tracker}")
-    if config.compile_student and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))): raise ConfigError("compile_student: there is no C++ compiler; allowed: False")
+    if (config.tracker != "none" and not getattr(accelerate.utils, f"is_{config.tracker}_available",
+                lambda: False)()):
+        raise ConfigError(f"tracker: {config.tracker} is not installed; allowed: none, or: pip "
+            f"install {config.tracker}")
+    if config.compile_student and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise ConfigError("compile_student: there is no C++ compiler; allowed: False")
 
 def check_pair(config: RunConfig, tokenizer) -> None:
-    "Refuse a pair that cannot work, from configuration files and tokenizers alone. Raises `ConfigError`."
+    """Refuse a pair that cannot work, from configuration files and tokenizers alone.
+
+    Raises `ConfigError`."""
     tokens = max(config.max_tokens, config.max_prompt_tokens + config.max_new_tokens)
     cut = config.student == "truncate"
     check_sizes(config.teacher, "teacher", tokens, config.student_layers if cut else 0)
@@ -124,14 +154,20 @@ def check_pair(config: RunConfig, tokenizer) -> None:
 STATES_LIMIT = 2 ** 28      # bytes; of a large teacher they are not worth the disk
 
 def teacher_states(setup: Setup) -> dict[str, list[Tensor]]:
-    "The teacher's `response_states` of the validation and test examples, by set: an artefact of the teacher and these texts. None of them if they take more than `STATES_LIMIT`."
+    """The teacher's `response_states` of the validation and test examples, by set: an artefact of
+    the teacher and these texts. None of them if they take more than `STATES_LIMIT`."""
     s, groups = setup, {"validation": setup.validation, **setup.eval_sets}
     sizes = {name: [len(e.response_ids) for e in examples] for name, examples in groups.items()}
-    if sum(map(sum, sizes.values())) * s.teacher.config.hidden_size * s.teacher.dtype.itemsize > STATES_LIMIT: return {}
+    if sum(map(sum,
+                sizes.values())) * s.teacher.config.hidden_size * s.teacher.dtype.itemsize > STATES_LIMIT:
+        return {}
     def make(folder: Path):
         with s.accelerator.autocast():
-            save_file({name: torch.cat(response_states(s.teacher, examples, s.tokenizer.pad_token_id)) for name, examples in groups.items() if examples}, folder/"states.safetensors")
-    key = {k: s.keys["teacher"][k] for k in ("teacher", "frozen", "precision", "device", "eval", "sets")}
+            save_file({name: torch.cat(response_states(s.teacher, examples,
+                            s.tokenizer.pad_token_id))
+                    for name, examples in groups.items() if examples}, folder/"states.safetensors")
+    key = {k: s.keys["teacher"][k] for k in ("teacher", "frozen", "precision", "device", "eval",
+            "sets")}
     states = load_file(made_once("teacher_states", key, make)/"states.safetensors")
     return {name: states[name].split(sizes[name]) for name in states}
 
@@ -140,7 +176,8 @@ def prepare(config: RunConfig, cpu: bool = False) -> Setup:
     "Load all that `config` names. Raises `ConfigError` or a data error before anything expensive."
     accelerator = accelerator_of(config, cpu)
     if accelerator.num_processes > config.batch_size:
-        raise ConfigError(f"batch_size: {config.batch_size} sequences cannot be shared by {accelerator.num_processes} processes; allowed: at least one for each")
+        raise ConfigError(f"batch_size: {config.batch_size} sequences cannot be shared by "
+            f"{accelerator.num_processes} processes; allowed: at least one for each")
     tokenizer = load_tokenizer(config.teacher)
     check_tools(config)
     check_pair(config, tokenizer)
@@ -148,18 +185,27 @@ def prepare(config: RunConfig, cpu: bool = False) -> Setup:
     teacher, teacher_key = tuned_teacher(config, tokenizer, train, accelerator)
     student, student_key = make_student(config, teacher, teacher_key, train, tokenizer, accelerator)
     vocab = shared_vocabulary(student, teacher, tokenizer)
-    for model, parameter in ((teacher, "teacher"), (student, "student")): check_head(model, getattr(config, parameter), parameter)
+    for model, parameter in ((teacher, "teacher"), (student, "student")):
+        check_head(model, getattr(config, parameter), parameter)
     precision = precision_of(accelerator)
     frozen = precision if config.frozen_precision == "auto" else config.frozen_precision
     teacher.requires_grad_(False).to(getattr(torch, frozen))
     stops = stop_ids(teacher, tokenizer)
-    settings = {"eval": text_digest([e for es in eval_sets.values() for e in es] + validation), "sets": list(eval_sets), "seeds": config.eval_seeds, "temperature": config.eval_temperature,
-                "max_new_tokens": config.max_new_tokens, "vocab": vocab, "stops": stops, "precision": precision, "frozen": frozen,
-                "device": accelerator.device.type, "teacher": teacher_key, "exposure": config.eval_exposure}
-    setup = Setup(config, accelerator, tokenizer, teacher, student, vocab, stops, train, validation, eval_sets, report,
-                  {"teacher": settings, "student_start": {**settings, "student": student_key, "student_weights": frozen if config.lora_rank else "float32"}})
-    setup.lengths, setup.states = [len(e.prompt_ids) + len(e.response_ids) for e in train], teacher_states(setup)
+    settings = {"eval": text_digest([e for es in eval_sets.values() for e in es] + validation),
+        "sets": list(eval_sets), "seeds": config.eval_seeds, "temperature": config.eval_temperature,
+                "max_new_tokens": config.max_new_tokens, "vocab": vocab, "stops": stops,
+                "precision": precision, "frozen": frozen,
+                "device": accelerator.device.type, "teacher": teacher_key,
+                "exposure": config.eval_exposure}
+    setup = Setup(config, accelerator, tokenizer, teacher, student, vocab, stops, train, validation,
+        eval_sets, report,
+                  {"teacher": settings, "student_start": {**settings, "student": student_key,
+                          "student_weights": frozen if config.lora_rank else "float32"}})
+    setup.lengths = [len(e.prompt_ids) + len(e.response_ids) for e in train]
+    setup.states = teacher_states(setup)
     if config.responses == "teacher": setup.train = teacher_responses(setup)
     torch.manual_seed(config.seed)  # the adapters' start
-    if config.lora_rank: setup.student = add_lora(student.to(getattr(torch, frozen)), config.lora_rank, config.lora_alpha, config.lora_dropout)
+    if config.lora_rank:
+        setup.student = add_lora(student.to(getattr(torch, frozen)), config.lora_rank,
+            config.lora_alpha, config.lora_dropout)
     return setup

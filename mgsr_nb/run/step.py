@@ -21,31 +21,42 @@ from ..minillm import Policy
 
 # %% ../../nbs/22_step.ipynb #51cac49e
 class Distiller(nn.Module):
-    "Student and objective. `forward` gives the loss of a micro-batch, already divided by the counts of the whole step."
-    def __init__(self, student: nn.Module, objective: Objective, teacher: Optional[nn.Module], vocab: int, compiled: bool = False):
+    """Student and objective.
+
+    `forward` gives the loss of a micro-batch, already divided by the counts of the whole step."""
+    def __init__(self, student: nn.Module, objective: Objective, teacher: Optional[nn.Module],
+            vocab: int, compiled: bool = False):
         super().__init__()
         self.student, self.objective, self.vocab = student, objective, vocab
         self._teacher = (teacher,)  # in a tuple, where nn.Module does not look for submodules
-        self._compiled = (torch.compile(decoder(student), dynamic=True) if compiled else None,)     # sampling goes on without: its shapes change with every token
+        # sampling goes on without: its shapes change with every token
+        self._compiled = (torch.compile(decoder(student), dynamic=True) if compiled else None,)
 
     @property
     def teacher(self): return self._teacher[0]
 
     def text(self, batch: Batch, with_teacher: bool, known: Optional["Micro"] = None) -> Text:
-        "The supervised positions of a batch: the student's hidden states with gradient, the teacher's without, unless they are `known`."
+        """The supervised positions of a batch: the student's hidden states with gradient, the
+        teacher's without, unless they are `known`."""
         rows = supervised(batch)
-        text = Text(hidden_states(self.student, batch, self._compiled[0])[rows], labels(batch), head(self.student), vocab=self.vocab)
-        if known: text.pair_weight, text.policy, text.teacher_hidden = known.pair_weight, known.policy, known.teacher_hidden
+        text = Text(hidden_states(self.student, batch, self._compiled[0])[rows], labels(batch),
+            head(self.student), vocab=self.vocab)
+        if known:
+            text.pair_weight = known.pair_weight
+            text.policy = known.policy
+            text.teacher_hidden = known.teacher_hidden
         if with_teacher:
             text.teacher_head = head(self.teacher)
             if text.teacher_hidden is None:
                 with torch.no_grad(): text.teacher_hidden = hidden_states(self.teacher, batch)[rows]
         return text
 
-    def forward(self, micro: "Micro", counts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, micro: "Micro", counts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor],
+            dict[str, Tensor]]:
         "Loss (scalar), sums of the terms, sums of the diagnostics; the last two detached."
         passes = [(micro.data, ["data"], None), (micro.distilled, ["distilled"], micro)]
-        if micro.data is micro.distilled: passes = [(micro.data, ["data", "distilled"], micro)]  # one text: one pass
+        # one text: one pass
+        if micro.data is micro.distilled: passes = [(micro.data, ["data", "distilled"], micro)]
         loss, sums, notes = 0., {}, {}
         for batch, texts, known in passes:
             names = self.objective.on(*texts)
@@ -53,24 +64,30 @@ class Distiller(nn.Module):
             teacher = any(self.objective.terms[n].needs_teacher for n in names)
             found = self.objective(self.text(batch, teacher, known), names, counts)
             loss, sums, notes = loss + found.loss, sums | found.sums, notes | found.notes
-            if known and known.corrected is not None: notes |= correction_gains(found.label_log_p, known)
+            if known and known.corrected is not None:
+                notes |= correction_gains(found.label_log_p, known)
         return loss, sums, notes
 
 # %% ../../nbs/22_step.ipynb #deb922fe
 def correction_gains(label_log_p: Tensor, micro: "Micro") -> dict[str, Tensor]:
-    "Sums over the corrected responses that have text behind the correction, before and after: gain, how many gained, how many there are."
-    gains = [x[c[0] + 1:].mean() - c[1] for x, c in zip(label_log_p.split(micro.lengths), micro.corrected) if c and len(x) > c[0] + 1]
+    """Sums over the corrected responses that have text behind the correction, before and after:
+    gain, how many gained, how many there are."""
+    gains = [x[c[0] + 1:].mean() - c[1] for x, c in zip(label_log_p.split(micro.lengths),
+            micro.corrected) if c and len(x) > c[0] + 1]
     gains = torch.stack(gains) if gains else label_log_p[:0]
-    return {"scrg_gain": gains.sum(), "scrg_helped": (gains > 0).sum(), "scrg_rests": torch.tensor(len(gains), device=gains.device)}
+    return {"scrg_gain": gains.sum(), "scrg_helped": (gains > 0).sum(),
+        "scrg_rests": torch.tensor(len(gains), device=gains.device)}
 
 # %% ../../nbs/22_step.ipynb #d98cc4e4
 @dataclass
 class Distilled:
-    "Text to distil on; the tensors have a row for each of its N response tokens, response after response."
+    """Text to distil on; the tensors have a row for each of its N response tokens, response after
+    response."""
     pairs: Pairs
     teacher_hidden: Optional[Tensor] = None     # (N, H of the teacher)
     policy: Optional[Policy] = None
-    corrected: Optional[list] = None            # of each response: None, or (j, teacher's mean log-probability of what stood behind j)
+    # of each response: None, or (j, teacher's mean log-probability of what stood behind j)
+    corrected: Optional[list] = None
 
     def part(self, chosen: Sequence[int]) -> "Distilled":
         "The responses `chosen`, in that order."
@@ -80,11 +97,13 @@ class Distilled:
             parts = x.split(lengths)
             return torch.cat([x[:0], *(parts[i] for i in chosen)])
         policy = self.policy and Policy(*map(take, self.policy))
-        return Distilled([self.pairs[i] for i in chosen], take(self.teacher_hidden), policy, self.corrected and [self.corrected[i] for i in chosen])
+        return Distilled([self.pairs[i] for i in chosen], take(self.teacher_hidden), policy,
+            self.corrected and [self.corrected[i] for i in chosen])
 
 @dataclass
 class Micro:
-    "What one forward pass reads: the ground-truth text and the distilled text (the same object if they are one), and what is known of the latter's N tokens."
+    """What one forward pass reads: the ground-truth text and the distilled text (the same object if
+    they are one), and what is known of the latter's N tokens."""
     data: Optional[Batch]
     distilled: Optional[Batch] = None
     pair_weight: Optional[Tensor] = None     # (N,)
@@ -94,17 +113,24 @@ class Micro:
     lengths: Sequence[int] = ()
 
 def by_length(pairs: Pairs, size: int, number: int) -> list[list[int]]:
-    "Indices of the pairs in `number` groups of at most `size`, each of similar lengths; groups at the end can be empty."
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
+    """Indices of the pairs in `number` groups of at most `size`, each of similar lengths; groups at
+    the end can be empty."""
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]),
+        reverse=True)
     return [order[a:a + size] for a in range(0, number * size, size)]
 
-def micro_batches(examples: Sequence[Encoded], distilled, find_spans: Callable, pad_id: int, size: int, number: int, device, need_data: bool):
-    """Cut a process's share of a step into `number` micro-batches of at most `size` sequences, and count what they train.
+def micro_batches(examples: Sequence[Encoded], distilled, find_spans: Callable, pad_id: int,
+        size: int, number: int, device, need_data: bool):
+    """Cut a process's share of a step into `number` micro-batches of at most `size` sequences, and
+    count what they train.
 
-    `distilled`: None (no distillation), "data" (the ground truth itself), or `Distilled`. Returns the micro-batches and the counts of this process.
-    A micro-batch without sequences gets one prompt without a response: nothing supervised, but something to send through the model, so that no process waits."""
+    `distilled`: None (no distillation), "data" (the ground truth itself), or `Distilled`. Returns
+    the micro-batches and the counts of this process. A micro-batch without sequences gets one
+    prompt without a response: nothing supervised, but something to send through the model, so that
+    no process waits."""
     counts, micros = dict(data_tokens=0, distilled_tokens=0, distilled_spans=0), []
-    truth, nothing = Distilled([(e.prompt_ids, e.response_ids) for e in examples]), Distilled([(examples[0].prompt_ids, [])])
+    truth = Distilled([(e.prompt_ids, e.response_ids) for e in examples])
+    nothing = Distilled([(examples[0].prompt_ids, [])])
     both, text = distilled == "data", truth if distilled == "data" else distilled
     groups = zip(*(by_length(t.pairs if t else [], size, number) for t in (truth, text)))
     for of_truth, of_text in groups:
@@ -112,25 +138,36 @@ def micro_batches(examples: Sequence[Encoded], distilled, find_spans: Callable, 
         batch = collate(data.pairs, pad_id).to(device) if need_data or both else None
         counts["data_tokens"] += sum(len(y) for _, y in data.pairs)
         if text is None:
-            micros.append(Micro(batch)); continue
-        part = text.part(of_text) if of_text else dataclasses.replace(text.part([]), pairs=nothing.pairs)
-        lengths, weights = [len(y) for _, y in part.pairs], [pair_weights(find_spans(y), len(y)) for _, y in part.pairs]
+            micros.append(Micro(batch))
+            continue
+        part = (text.part(of_text) if of_text
+            else dataclasses.replace(text.part([]), pairs=nothing.pairs))
+        lengths = [len(y) for _, y in part.pairs]
+        weights = [pair_weights(find_spans(y), len(y)) for _, y in part.pairs]
         counts["distilled_tokens"] += sum(lengths)
         counts["distilled_spans"] += sum(n for _, n in weights)
-        pair_weight = torch.tensor([w for ws, _ in weights for w in ws], dtype=torch.float32, device=device)
-        micros.append(Micro(batch, batch if both else collate(part.pairs, pad_id).to(device), pair_weight, part.teacher_hidden, part.policy, part.corrected, lengths))
+        pair_weight = torch.tensor([w for ws, _ in weights for w in ws], dtype=torch.float32,
+            device=device)
+        micros.append(Micro(batch, batch if both else collate(part.pairs, pad_id).to(device),
+                pair_weight, part.teacher_hidden, part.policy, part.corrected, lengths))
     return micros, counts
 
 # %% ../../nbs/22_step.ipynb #98f68357
-def make_optimizer(distiller: Distiller, learning_rate: float, sub_learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    "AdamW over all that trains, in groups: student and objective (f_sub), each with and without weight decay."
+def make_optimizer(distiller: Distiller, learning_rate: float, sub_learning_rate: float,
+        weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW over all that trains, in groups: student and objective (f_sub), each with and without
+    weight decay."""
     groups = []
-    for module, lr in ((distiller.student, learning_rate), (distiller.objective, sub_learning_rate)):
+    for module, lr in ((distiller.student, learning_rate),
+            (distiller.objective, sub_learning_rate)):
         trained = [p for p in module.parameters() if p.requires_grad]
-        groups += [dict(params=[p for p in trained if p.ndim >= 2], lr=lr, weight_decay=weight_decay), dict(params=[p for p in trained if p.ndim < 2], lr=lr, weight_decay=0.)]
+        groups += [dict(params=[p for p in trained if p.ndim >= 2], lr=lr,
+                weight_decay=weight_decay), dict(params=[p for p in trained if p.ndim < 2], lr=lr,
+                weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999), fused=True)
 
 def schedule_factor(step: int, max_steps: int, warmup_steps: int) -> float:
-    "Share of the peak learning rate at update `step` (from 0): linear warm-up, then cosine to 0 at `max_steps`."
+    """Share of the peak learning rate at update `step` (from 0): linear warm-up, then cosine to 0
+    at `max_steps`."""
     if step < warmup_steps: return (step + 1) / (warmup_steps + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(max_steps - warmup_steps, 1)))

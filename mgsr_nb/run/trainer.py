@@ -30,28 +30,40 @@ from .checkpoints import Progress, cut_off, damage, file_digests
 
 # %% ../../nbs/27_trainer.ipynb #cbcc97de
 class Trainer:
-    "Trains `setup.student` as `setup.config` says. `folder`: where log and checkpoints go; None keeps all in memory."
+    """Trains `setup.student` as `setup.config` says.
+
+    `folder`: where log and checkpoints go; None keeps all in memory."""
     def __init__(self, setup: Setup, folder: Optional[Path] = None):
         c, self.setup, self.config, self.folder = setup.config, setup, setup.config, folder
-        self.accelerator = make_accelerator(precision_of(setup.accelerator), setup.accelerator.device.type == "cpu")  # a second Trainer must not save the first
-        self.find_spans = SpanFinder(setup.tokenizer, c.spans, c.span_length, c.seed, chunker=c.chunker) if c.span_weight > 0 else lambda ids: []
-        self.clock, inner = Clock(self.accelerator.device), setup.sampler(setup.student, c.teacher_mix)
+        # a second Trainer must not save the first
+        self.accelerator = make_accelerator(precision_of(setup.accelerator),
+            setup.accelerator.device.type == "cpu")
+        self.find_spans = SpanFinder(setup.tokenizer, c.spans, c.span_length, c.seed,
+            chunker=c.chunker) if c.span_weight > 0 else lambda ids: []
+        self.clock = Clock(self.accelerator.device)
+        inner = setup.sampler(setup.student, c.teacher_mix)
         def sample(*args):
             with self.clock.part("generation"): return inner(*args)
         self.source = make_source(c, sample)
-        self.scorer = Scorer(setup.student, setup.teacher, setup.tokenizer.pad_token_id, setup.vocab, c.scrg_direction, c.scrg_teacher_token, c.chunk_tokens)
-        self.revise = SCRG(self.scorer, sample, setup.stops, c.seed, c.max_new_tokens, c.scrg_corrections, make_detector(c)) if c.scrg else None
+        self.scorer = Scorer(setup.student, setup.teacher, setup.tokenizer.pad_token_id,
+            setup.vocab, c.scrg_direction, c.scrg_teacher_token, c.chunk_tokens)
+        self.revise = (SCRG(self.scorer, sample, setup.stops, c.seed, c.max_new_tokens,
+                c.scrg_corrections, make_detector(c)) if c.scrg else None)
         objective = make_objective(c, setup.vocab).to(self.accelerator.device)
-        distiller = Distiller(setup.student, objective, setup.teacher, setup.vocab, c.compile_student).train()
+        distiller = Distiller(setup.student, objective, setup.teacher, setup.vocab,
+            c.compile_student).train()
         optimizer = make_optimizer(distiller, c.learning_rate, c.sub_learning_rate, c.weight_decay)
         self.distiller, self.optimizer = self.accelerator.prepare(distiller, optimizer)
-        # not prepared: accelerate would advance it once per process, and its length is in optimiser updates
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule_factor(s, c.max_steps, c.warmup_steps))
+        # not prepared: accelerate would advance it once per process, and its length is in optimiser
+        # updates
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer,
+            lambda s: schedule_factor(s, c.max_steps, c.warmup_steps))
         self.progress, self.saved_best, self.checked = Progress(), [], None
         self.accelerator.register_for_checkpointing(self.schedule, self.progress, self.source)
 
     def draw(self, step: int):
-        "The step's examples of this process, the text to distil on (None, 'data' or `Distilled`), and notes about it."
+        """The step's examples of this process, the text to distil on (None, 'data' or `Distilled`),
+        and notes about it."""
         a, c = self.accelerator, self.config
         rows = list(range(c.batch_size))[a.process_index::a.num_processes]
         order = self.setup.order(step)
@@ -59,59 +71,81 @@ class Trainer:
         if not c.distils: return examples, None, {}
         pairs, origin = self.source(step, examples, rows)
         notes = {"by_student": float(origin != "data"), "new_text": float(origin == "student")}
-        if origin != "student": return examples, "data" if origin == "data" else Distilled(pairs), notes
+        if origin != "student":
+            return examples, "data" if origin == "data" else Distilled(pairs), notes
         text, noted = self.look_at(step, pairs, rows)
         if c.sampling == "off_policy":
             everyone = sorted(zip(gather_object(rows), gather_object(text.pairs)))
-            self.source.remember([pair for _, pair in everyone])        # in the order of the batch, whoever wrote what
+            # in the order of the batch, whoever wrote what
+            self.source.remember([pair for _, pair in everyone])
         return examples, text, notes | noted
 
     def look_at(self, step: int, pairs: Pairs, rows: Sequence[int]) -> tuple[Distilled, dict]:
-        "What happens to new student text: SCRG revises it, a policy gradient notes who would have written it how gladly, or nothing."
+        """What happens to new student text: SCRG revises it, a policy gradient notes who would have
+        written it how gladly, or nothing."""
         c = self.config
         with self.accelerator.autocast():
             if self.revise:
                 found = self.revise(step, pairs, rows)
-                corrected = [(j, before) if before == before else None for j, before in zip(found.position, found.rest_log_p)]
-                everywhere = dataclasses.replace(found, position=gather_object(found.position), kl=gather_object(found.kl))
-                return Distilled(found.pairs, found.teacher_hidden, corrected=corrected), everywhere.summary()
+                corrected = [(j, before) if before == before else None
+                    for j, before in zip(found.position, found.rest_log_p)]
+                everywhere = dataclasses.replace(found, position=gather_object(found.position),
+                    kl=gather_object(found.kl))
+                return Distilled(found.pairs, found.teacher_hidden,
+                    corrected=corrected), everywhere.summary()
             if c.pg_weight == 0: return Distilled(pairs), {}
             readings = self.scorer.read(pairs)
             scores = self.scorer(pairs, [], readings)
-            policy = make_policy(scores.log_q, scores.log_p, scores.lengths, c.teacher_mix, c.pg_length_norm)
-            return Distilled(pairs, readings[1].predicting([len(x) for x, _ in pairs], scores.lengths), policy), {}
+            policy = make_policy(scores.log_q, scores.log_p, scores.lengths, c.teacher_mix,
+                c.pg_length_norm)
+            return Distilled(pairs, readings[1].predicting([len(x) for x, _ in pairs],
+                    scores.lengths), policy), {}
 
     def update(self, examples, distilled) -> dict[str, float]:
-        "Forward and backward over the micro-batches, one optimiser step; sums and counts of the whole step (over all processes)."
+        """Forward and backward over the micro-batches, one optimiser step; sums and counts of the
+        whole step (over all processes)."""
         a, c = self.accelerator, self.config
         share = math.ceil(c.batch_size / a.num_processes)
         size = c.micro_batch_size or share
-        micros, counts = micro_batches(examples, distilled, self.find_spans, self.setup.tokenizer.pad_token_id, size, math.ceil(share / size), a.device, c.sft_weight > 0)
-        counts = dict(zip(counts, a.reduce(torch.tensor([float(n) for n in counts.values()], device=a.device))))
+        micros, counts = micro_batches(examples, distilled, self.find_spans,
+            self.setup.tokenizer.pad_token_id, size, math.ceil(share / size), a.device,
+            c.sft_weight > 0)
+        counts = dict(zip(counts, a.reduce(torch.tensor([float(n) for n in counts.values()],
+                        device=a.device))))
         total = {}
-        torch.manual_seed(generator_for(c.seed, "dropout", self.progress.step, a.process_index).initial_seed())
+        torch.manual_seed(generator_for(c.seed, "dropout", self.progress.step,
+                a.process_index).initial_seed())
         for i, micro in enumerate(micros):
             # gradients are averaged over the processes once, with the last micro-batch
             with a.no_sync(self.distiller) if i < len(micros) - 1 else contextlib.nullcontext():
                 with a.autocast(): loss, sums, notes = self.distiller(micro, counts)
-                a.backward(loss * a.num_processes)  # several processes average gradients; the counts are already those of all
-            for key, value in {"loss": loss.detach(), **sums, **notes}.items(): total[key] = total.get(key, 0.) + value
+                # several processes average gradients; the counts are already those of all
+                a.backward(loss * a.num_processes)
+            for key, value in {"loss": loss.detach(), **sums, **notes}.items():
+                total[key] = total.get(key, 0.) + value
         norm = a.clip_grad_norm_(self.distiller.parameters(), c.max_grad_norm)
-        self.optimizer.step(); self.optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.schedule.step()
         return self._readable(total, counts, norm)
 
     def _readable(self, total, counts, norm) -> dict[str, float]:
         "Means from sums; the only place of a step that waits for the device."
-        values = self.accelerator.reduce(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.accelerator.device) for v in total.values()]))
+        values = self.accelerator.reduce(torch.stack([torch.as_tensor(v, dtype=torch.float32,
+                        device=self.accelerator.device) for v in total.values()]))
         found = dict(zip(total, values.tolist()))
         counts = {k: v.item() for k, v in counts.items()}
-        objective, tokens = self.accelerator.unwrap_model(self.distiller).objective, max(counts["distilled_tokens"], 1)
+        objective = self.accelerator.unwrap_model(self.distiller).objective
+        tokens = max(counts["distilled_tokens"], 1)
         rests = {k: found.pop(k) for k in ("scrg_gain", "scrg_helped", "scrg_rests") if k in found}
-        row = {"loss": found.pop("loss"), **{k: v / max(rests["scrg_rests"], 1) for k, v in rests.items() if k != "scrg_rests"}, **{n: found.pop(n) / float(objective.denominator(n, counts)) for n in objective.terms if n in found}}
+        row = {"loss": found.pop("loss"), **{k: v / max(rests["scrg_rests"], 1)
+                for k, v in rests.items() if k != "scrg_rests"},
+            **{n: found.pop(n) / float(objective.denominator(n, counts))
+                for n in objective.terms if n in found}}
         for key in [k for k in found if not k.endswith("_squared")]:
             mean = found[key] / tokens
-            row |= {key: mean, f"{key}_sd": max(found[f"{key}_squared"] / tokens - mean ** 2, 0) ** 0.5}
+            row |= {key: mean, f"{key}_sd": max(found[f"{key}_squared"] / tokens - mean ** 2,
+                    0) ** 0.5}
         return {**row, **counts, "grad_norm": float(norm)}
 
     def step(self) -> dict[str, float]:
@@ -123,32 +157,42 @@ class Trainer:
             examples, distilled, notes = self.draw(step)
             with clock.part("update"): found = self.update(examples, distilled)
         seconds = clock.read()
-        row = {"step": step + 1, **found, "learning_rate": rate, **notes, "seconds": seconds.pop("all"), **{f"seconds_{k}": v for k, v in seconds.items()}}
+        row = {"step": step + 1, **found, "learning_rate": rate, **notes,
+            "seconds": seconds.pop("all"), **{f"seconds_{k}": v for k, v in seconds.items()}}
         check_finite(step + 1, row, self.config.learning_rate)
         self.progress.step = step + 1
         return row
 
     def validate(self, known: Optional[dict] = None) -> dict[str, float]:
-        "NLL and KL on the validation examples, in nats a token, unless they are `known`; the source hears of it (the off-policy threshold)."
-        self.checked = known or self.setup.validated(self.setup.student)      # in full: `scores` need not find it again
+        """NLL and KL on the validation examples, in nats a token, unless they are `known`; the
+        source hears of it (the off-policy threshold)."""
+        # in full: `scores` need not find it again
+        self.checked = known or self.setup.validated(self.setup.student)
         self.source.validated(self.checked["nll"])
         found = {"validation_nll": self.checked["nll"], "validation_kl": self.checked["kl"]}
-        return found | ({"validation_rouge_l": self._rouge_l()} if self.config.select == "rouge_l" else {})
+        return (found | ({"validation_rouge_l": self._rouge_l()} if self.config.select == "rouge_l"
+                else {}))
 
     def _rouge_l(self) -> float:
         s, c = self.setup, self.config
-        texts = answers(s.sampler(s.student, temperature=c.eval_temperature), s.validation, s.tokenizer, c.eval_seed_list[0], c.max_new_tokens, c.eval_batch_size)
+        texts = answers(s.sampler(s.student, temperature=c.eval_temperature), s.validation,
+            s.tokenizer, c.eval_seed_list[0], c.max_new_tokens, c.eval_batch_size)
         return score_answers(texts, [e.example for e in s.validation])["rouge_l"]
 
     def fit(self, on_step: Callable = lambda row: None, start: Optional[dict] = None) -> list[dict]:
-        """Train from the current step to `max_steps`; `on_step(row)` sees every row. The log, one row per `log_every` steps.
+        """Train from the current step to `max_steps`; `on_step(row)` sees every row. The log, one
+        row per `log_every` steps.
 
-        `start`: what `Setup.validated` finds of the student before training, if it is known already."""
+        `start`: what `Setup.validated` finds of the student before training, if it is known
+        already."""
         c, p = self.config, self.progress
         if p.step == c.max_steps: return p.log      # a cell that is run twice
-        bar = tqdm(total=c.max_steps, initial=p.step, desc="training", mininterval=5, disable=not self.accelerator.is_main_process)
+        bar = tqdm(total=c.max_steps, initial=p.step, desc="training", mininterval=5,
+            disable=not self.accelerator.is_main_process)
         with bar, tracking(c, self.folder) as track:
-            def note(row): p.log.append(row); track(row)
+            def note(row):
+                p.log.append(row)
+                track(row)
             if p.step == 0 and not p.log: note({"step": 0, **self._validated(start)})
             while p.step < c.max_steps:
                 row = self.step()
@@ -157,8 +201,11 @@ class Trainer:
                     row |= self._validated()
                     self.keep_best(row)
                 if due(c.log_every) or "validation_nll" in row: note(row)
-                on_step(row); bar.update(); bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-                if self.folder and self.accelerator.is_main_process: write_csv(self.folder/"log.csv", p.log)
+                on_step(row)
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                if self.folder and self.accelerator.is_main_process:
+                    write_csv(self.folder/"log.csv", p.log)
                 if self.folder and due(c.checkpoint_every) and p.step < c.max_steps: self.save()
         self.restore_best()
         return p.log
@@ -169,13 +216,15 @@ class Trainer:
         return found
 
     def keep_best(self, row: dict) -> None:
-        "With `select`: keep the student's trained weights if this validation is the best so far; NaN is never the best."
+        """With `select`: keep the student's trained weights if this validation is the best so far;
+        NaN is never the best."""
         c, p = self.config, self.progress
         if c.select == "last": return
         value = row[f"validation_{c.select}"] * (-1 if c.select == "rouge_l" else 1)
         if math.isnan(value) or p.best and value >= p.best[1]: return
         p.best = (p.step, value)
-        weights = {n: w.detach().cpu().clone() for n, w in self.setup.student.named_parameters() if w.requires_grad}
+        weights = {n: w.detach().cpu().clone()
+            for n, w in self.setup.student.named_parameters() if w.requires_grad}
         if not self.folder: self.kept = weights
         elif self.accelerator.is_main_process:
             self._best().parent.mkdir(exist_ok=True)
@@ -184,7 +233,8 @@ class Trainer:
             if not c.checkpoint_every: self._forget(before=self._best())
 
     def _best(self, best: Optional[tuple] = None) -> Path:
-        "Named by its step: a resumed run may have to go back to an earlier one than the last that was written."
+        """Named by its step: a resumed run may have to go back to an earlier one than the last that
+        was written."""
         return self.folder/"best"/f"step-{(best or self.progress.best)[0]:06d}.safetensors"
 
     def _forget(self, before: Path) -> None:
@@ -202,16 +252,24 @@ class Trainer:
                 if n in weights: w.copy_(weights[n])
 
     def save(self) -> None:
-        "A checkpoint: complete or not there. The one before it is kept; older ones go once this one was read back. Raises `TrainingError` if it cannot be written."
+        """A checkpoint: complete or not there.
+
+        The one before it is kept; older ones go once this one was read back. Raises `TrainingError`
+        if it cannot be written."""
         part = self.folder/"checkpoints"/"writing.part"
         try: self._write_checkpoint(part)
-        except (OSError, RuntimeError, SafetensorError) as e:     # what full disks make of Python, torch and safetensors
+        # what full disks make of Python, torch and safetensors
+        except (OSError, RuntimeError, SafetensorError) as e:
             shutil.rmtree(part, ignore_errors=True)
             kept = ", ".join(p.name for p in sorted(part.parent.glob("step-*"))) or "none"
-            raise TrainingError(f"step {self.progress.step}: no checkpoint could be written to {part.parent} ({e}). Checkpoints that are there: {kept}. Make room, and start the run again") from e
+            raise TrainingError(f"step {self.progress.step}: no checkpoint could be written to "
+                f"{part.parent} ({e}). Checkpoints that are there: {kept}. Make room, and start "
+                "the run again") from e
 
     def _write_checkpoint(self, part: Path) -> None:
-        a, checkpoints, whole = self.accelerator, part.parent, part.with_name(f"step-{self.progress.step:06d}")
+        a = self.accelerator
+        checkpoints = part.parent
+        whole = part.with_name(f"step-{self.progress.step:06d}")
         if a.is_main_process: shutil.rmtree(part, ignore_errors=True)
         a.wait_for_everyone()
         # "removed shared tensor": the tied head, which the embedding brings back on loading
@@ -226,16 +284,21 @@ class Trainer:
             if wrong := damage(whole): raise OSError(f"read back, {wrong}")
             for old in sorted(checkpoints.glob("step-*"))[:-2]: shutil.rmtree(old)
             self.saved_best = [*self.saved_best[-1:], self.progress.best]
-            if len(self.saved_best) == 2 and self.saved_best[0]: self._forget(before=self._best(self.saved_best[0]))  # no checkpoint refers to an older one
+            # no checkpoint refers to an older one
+            if len(self.saved_best) == 2 and self.saved_best[0]:
+                self._forget(before=self._best(self.saved_best[0]))
         a.wait_for_everyone()
 
     def resume(self) -> int:
-        "Load the newest checkpoint of the folder that is intact, if there is one, and warn of newer ones that are not; the step to go on from."
-        [newest] = broadcast_object_list([self._newest() if self.accelerator.is_main_process else None])
+        """Load the newest checkpoint of the folder that is intact, if there is one, and warn of
+        newer ones that are not; the step to go on from."""
+        [newest] = broadcast_object_list([self._newest() if self.accelerator.is_main_process
+                else None])
         if newest: self.accelerator.load_state(str(newest))
         return self.progress.step
 
     def _newest(self) -> Optional[Path]:
-        for folder in sorted((self.folder/"checkpoints").glob("step-*"), reverse=True) if self.folder else []:
+        for folder in sorted((self.folder/"checkpoints").glob("step-*"),
+                reverse=True) if self.folder else []:
             if not (wrong := damage(folder)): return folder
             warnings.warn(f"the checkpoint {folder} is damaged ({wrong}) and is not used")

@@ -23,14 +23,20 @@ def cell_process() -> None:
         os._exit(143)           # the kernel watches this process, and ends too
     threading.Thread(target=follow, daemon=True).start()
     found = run_cell(task["params"], task["overwrite"])
-    sys.stdout.flush(); sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit({"finished": 0, "failed": 1, "running": BUSY}[found])
 
 # %% ../../nbs/43_engines.ipynb #0c955d89
 class Processes:
-    "Runs cells as local processes, one for each slot of `devices` at a time: a GPU's number, or None for the CPU."
+    """Runs cells as local processes, one for each slot of `devices` at a time: a GPU's number, or
+    None for the CPU."""
     def __init__(self, devices: Sequence[Optional[int]], threads: int, overwrite: bool = False):
-        self.devices, self.threads, self.overwrite, self.children, self.stopped = queue.Queue(), threads, overwrite, set(), False
+        self.devices = queue.Queue()
+        self.threads = threads
+        self.overwrite = overwrite
+        self.children = set()
+        self.stopped = False
         for d in devices: self.devices.put(d)
 
     def environment(self, device: Optional[int]) -> dict:
@@ -43,10 +49,15 @@ class Processes:
         device = self.devices.get()
         try:
             with tempfile.TemporaryFile("w+") as said:
-                child = subprocess.Popen([sys.executable, "-c", "from mgsr_nb.study.engines import cell_process; cell_process()"], stdin=subprocess.PIPE, stdout=said, stderr=said,
-                                         text=True, env=self.environment(device), start_new_session=True)
+                child = subprocess.Popen([sys.executable, "-c",
+                        "from mgsr_nb.study.engines import cell_process; cell_process()"],
+                    stdin=subprocess.PIPE, stdout=said, stderr=said,
+                                         text=True, env=self.environment(device),
+                                         start_new_session=True)
                 self.children.add(child)
-                child.stdin.write(json.dumps({"params": job.params, "overwrite": self.overwrite}) + "\n"); child.stdin.flush()
+                child.stdin.write(json.dumps({"params": job.params, "overwrite": self.overwrite})
+                    + "\n")
+                child.stdin.flush()
                 status = child.wait()
                 self.children.discard(child)
                 said.seek(0)
@@ -59,7 +70,8 @@ class Processes:
         if finished(job.folder): return "finished"
         if self.stopped: return "begun"
         if status == 1 and (job.folder/"error.json").is_file(): return "failed"
-        why = f"the process of this cell ended with status {status}" + (" (killed; perhaps out of memory)" if status == -signal.SIGKILL else "")
+        why = (f"the process of this cell ended with status {status}"
+            + (" (killed; perhaps out of memory)" if status == -signal.SIGKILL else ""))
         return record_failure(job.folder, job.params, why, said)
 
     def stop(self) -> None:
@@ -75,18 +87,27 @@ def visible_devices() -> list[str]:
 
 # %% ../../nbs/43_engines.ipynb #0b6f7107
 class RayTasks:
-    "Runs cells as Ray tasks, each with a GPU if the cluster has any. Raises `ConfigError` without Ray."
+    """Runs cells as Ray tasks, each with a GPU if the cluster has any.
+
+    Raises `ConfigError` without Ray."""
     def __init__(self, overwrite: bool = False, address: Optional[str] = None):
         try: import ray
-        except ImportError: raise ConfigError("engine: ray is not installed; allowed: process, or: pip install ray") from None
-        if not ray.is_initialized(): ray.init(address=address or os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False)
+        except ImportError:
+            raise ConfigError(
+                "engine: ray is not installed; allowed: process, or: pip install ray") from None
+        if not ray.is_initialized():
+            ray.init(address=address or os.environ.get("RAY_ADDRESS"), log_to_driver=False,
+                include_dashboard=False)
         self.ray, self.overwrite = ray, overwrite
-        self.task = ray.remote(num_gpus=1 if ray.cluster_resources().get("GPU") else 0, max_retries=0)(run_elsewhere)
+        self.task = ray.remote(num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
+            max_retries=0)(run_elsewhere)
 
-    def __call__(self, job: Job) -> str: return self.ray.get(self.task.remote(job, os.getcwd(), self.overwrite))
+    def __call__(self, job: Job) -> str:
+        return self.ray.get(self.task.remote(job, os.getcwd(), self.overwrite))
     def stop(self) -> None: self.ray.shutdown()
 
 def run_elsewhere(job: Job, folder: str, overwrite: bool) -> str:
-    "A job in a process of its own on the machine where this is called, which sees what the caller sees."
+    """A job in a process of its own on the machine where this is called, which sees what the caller
+    sees."""
     os.chdir(folder)
     return Processes([None], os.cpu_count() or 1, overwrite)(job)

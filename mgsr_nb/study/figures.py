@@ -22,12 +22,14 @@ DPI = 80
 
 def _axes(columns: int, width: float, height: float, rows: int = 1, **more):
     "Axes without top and right lines, row by row."
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), dpi=DPI, squeeze=False, **more)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), dpi=DPI, squeeze=False,
+        **more)
     for ax in axes.flat: ax.spines[["top", "right"]].set_visible(False)
     plt.close(figure)                     # it is returned, not shown twice
     return figure, axes.flat
 
-def _colours(cells) -> list: return sns.color_palette("tab10" if len(set(cells)) <= 10 else "husl", len(set(cells)))
+def _colours(cells) -> list:
+    return sns.color_palette("tab10" if len(set(cells)) <= 10 else "husl", len(set(cells)))
 
 def _finished(figure: Figure, words: str) -> Figure:
     "The figure, laid out once, with what it shows in words."
@@ -36,11 +38,15 @@ def _finished(figure: Figure, words: str) -> Figure:
     return figure
 
 def small_png(figure: Figure) -> bytes:
-    "The figure as a PNG of 128 colours, which takes a third of the space in a notebook. They are chosen to cover what is drawn: the usual choice, by area, would spend them on shades of the bands and paint a thin line in another line's colour."
+    """The figure as a PNG of 128 colours, which takes a third of the space in a notebook.
+
+    They are chosen to cover what is drawn: the usual choice, by area, would spend them on shades of
+    the bands and paint a thin line in another line's colour."""
     from PIL import Image       # comes with matplotlib
     canvas, small = FigureCanvasAgg(figure), io.BytesIO()
     canvas.draw()               # once; savefig draws twice
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE).save(small, format="png", optimize=True)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(128,
+        method=Image.Quantize.MAXCOVERAGE).save(small, format="png", optimize=True)
     return small.getvalue()
 
 # %% ../../nbs/49_figures.ipynb #92cf623a
@@ -52,35 +58,46 @@ def effect_plot(effects: pd.DataFrame, reference: str = "the reference") -> Figu
         part = effects[effects.metric == metric].set_index("cell").reindex(cells)
         ax.axvline(0, color="gray", lw=0.8)
         ax.hlines(range(len(cells)), part.low, part.high, lw=2, color="C0")
-        for row, by_seed in enumerate(part.by_seed): ax.plot(list(by_seed.values()), [row] * len(by_seed), "o", ms=4, color="C1", alpha=0.8)
+        for row, by_seed in enumerate(part.by_seed):
+            ax.plot(list(by_seed.values()), [row] * len(by_seed), "o", ms=4, color="C1", alpha=0.8)
         ax.plot(part["mean"], range(len(cells)), "|", color="C0", ms=10, mew=2)
-        ax.set(title=m.label, xlabel=f"{m.unit} better than {reference}", yticks=range(len(cells)), yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
+        ax.set(title=m.label, xlabel=f"{m.unit} better than {reference}", yticks=range(len(cells)),
+            yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
         ax.locator_params(axis="x", nbins=4)
         ax.xaxis.label.set_size(8)
-    return _finished(figure, f"How much better than {reference} each of {len(cells)} cells is, by NLL, KL and ROUGE-L: means with 95 % intervals and the training seeds as dots. The table of effects has the numbers.")
+    return _finished(figure, f"How much better than {reference} each of {len(cells)} cells is, by "
+        "NLL, KL and ROUGE-L: means with 95 % intervals and the training seeds as dots. The "
+        "table of effects has the numbers.")
 
 # %% ../../nbs/49_figures.ipynb #3fb39710
 def learning_curves(log: pd.DataFrame, reference: str) -> Figure:
-    """Validation NLL and KL from `suite_logs`, a line a cell, mean over seeds. Below: how much better than the reference on the same seed,
-    with the band from the worst to the best seed. It is narrow where seeds differ in the same way for every cell, which the upper row hides."""
+    """Validation NLL and KL from `suite_logs`, a line a cell, mean over seeds. Below: how much
+    better than the reference on the same seed, with the band from the worst to the best seed. It is
+    narrow where seeds differ in the same way for every cell, which the upper row hides."""
     checked = log[log.validation_nll.notna()]
     cells = list(dict.fromkeys(checked.cell))
     figure, axes = _axes(2, 9, 5.6, rows=2, sharex=True)
-    for column, (key, name) in enumerate((("validation_nll", "validation NLL"), ("validation_kl", "validation KL to the teacher"))):
-        values = checked.pivot(index=["step", "seed"], columns="cell", values=key).reindex(columns=list(dict.fromkeys([*cells, reference])))
+    for column, (key, name) in enumerate((("validation_nll", "validation NLL"),
+                ("validation_kl", "validation KL to the teacher"))):
+        values = checked.pivot(index=["step", "seed"], columns="cell",
+            values=key).reindex(columns=list(dict.fromkeys([*cells, reference])))
         over, under = axes[column], axes[column + 2]
         for cell, colour in zip(cells, _colours(cells)):
             over.plot(values[cell].groupby("step").mean(), "o-", ms=3, color=colour, label=cell)
             seeds = (values[reference] - values[cell]).dropna().groupby("step")
             under.plot(seeds.mean(), "o-", ms=3, color=colour)
-            under.fill_between(seeds.min().index, seeds.min(), seeds.max(), color=colour, alpha=0.15, lw=0)
+            under.fill_between(seeds.min().index, seeds.min(), seeds.max(), color=colour,
+                alpha=0.15, lw=0)
         over.set(title=name, ylabel="nats a token")
         under.set(xlabel="step", ylabel=f"better than {reference}")
     axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    return _finished(figure, f"Learning curves of {len(cells)} cells: validation NLL and KL to the teacher by step, and how much better than {reference} each cell is on the same seed. The table of scores has the last values.")
+    return _finished(figure, f"Learning curves of {len(cells)} cells: validation NLL and KL to the "
+        f"teacher by step, and how much better than {reference} each cell is on the same seed. "
+        "The table of scores has the last values.")
 
 def limits_plot(log: pd.DataFrame) -> Figure:
-    "The learned limits u and l from `suite_logs`, a panel a cell: the mean over seeds, one standard deviation over the tokens of a step, and the mass that is kept."
+    """The learned limits u and l from `suite_logs`, a panel a cell: the mean over seeds, one
+    standard deviation over the tokens of a step, and the mass that is kept."""
     own = log[(log["clip"] == "learned") & log.clip_upper.notna()]
     cells = list(dict.fromkeys(own.cell))
     figure, axes = _axes(len(cells), max(4, 3 * len(cells)), 2.8, sharey=True)
@@ -88,57 +105,79 @@ def limits_plot(log: pd.DataFrame) -> Figure:
         mean = own[own.cell == cell].groupby("step").mean(numeric_only=True)
         for name, label in (("clip_upper", "u"), ("clip_lower", "l")):
             ax.plot(mean.index, mean[name], label=label)
-            ax.fill_between(mean.index, mean[name] - mean[f"{name}_sd"], mean[name] + mean[f"{name}_sd"], alpha=0.25)
+            ax.fill_between(mean.index, mean[name] - mean[f"{name}_sd"],
+                mean[name] + mean[f"{name}_sd"], alpha=0.25)
         ax.plot(mean.index, mean.kept_mass, ":", color="gray", label="kept mass")
         ax.set(title=cell, xlabel="step", ylim=(-0.05, 1.05))
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    last = own.groupby("cell", sort=False)[["clip_upper", "clip_lower", "kept_mass"]].agg(lambda x: x.iloc[-1])
-    return _finished(figure, "The learned limits by step, at the end of the last seed: " + "; ".join(f"{cell} u = {u:.2f}, l = {low:.2f}, kept mass {kept:.2f}" for cell, u, low, kept in last.itertuples()) + ".")
+    last = own.groupby("cell", sort=False)[["clip_upper", "clip_lower",
+            "kept_mass"]].agg(lambda x: x.iloc[-1])
+    return _finished(figure, "The learned limits by step, at the end of the last seed: "
+        + "; ".join(f"{cell} u = {u:.2f}, l = {low:.2f}, kept mass {kept:.2f}"
+            for cell, u, low, kept in last.itertuples()) + ".")
 
 # %% ../../nbs/49_figures.ipynb #83bfad92
 def weight_grid(results: Results, suite: str = "loss_weights") -> pd.DataFrame:
     "Columns dac, span, and the mean over seeds of each metric, a row a cell."
-    return pd.DataFrame([dict(zip(("dac", "span"), weights_of(runs[0]))) | {m: sample(runs, m).by_seed().mean() for m in METRICS} for runs in results.cells(suite).values()])
+    return pd.DataFrame([dict(zip(("dac", "span"), weights_of(runs[0])))
+            | {m: sample(runs, m).by_seed().mean() for m in METRICS}
+            for runs in results.cells(suite).values()])
 
 def weight_heatmap(grid: pd.DataFrame) -> Figure:
-    "`weight_grid` as heat maps of NLL and ROUGE-L, the better the darker; combinations without runs are blank."
+    """`weight_grid` as heat maps of NLL and ROUGE-L, the better the darker; combinations without
+    runs are blank."""
     figure, axes = _axes(2, 7, 2.8)
     for ax, (metric, colours) in zip(axes, (("nll", "Blues_r"), ("rouge_l", "Blues"))):
         table = grid.pivot(index="dac", columns="span", values=metric).sort_index(ascending=False)
-        sns.heatmap(table, annot=True, fmt=f".{METRICS[metric].digits}f", cmap=colours, cbar=False, ax=ax)
+        sns.heatmap(table, annot=True, fmt=f".{METRICS[metric].digits}f", cmap=colours, cbar=False,
+            ax=ax)
         ax.set(title=METRICS[metric].label, xlabel="span weight", ylabel="DAC weight")
     best = grid.loc[grid.nll.idxmin()]
-    return _finished(figure, f"The grid of the weights as heat maps of NLL and ROUGE-L. The lowest NLL is {best.nll:.3f} at DAC weight {best.dac:g} and span weight {best.span:g}.")
+    return _finished(figure, "The grid of the weights as heat maps of NLL and ROUGE-L. The lowest "
+        f"NLL is {best.nll:.3f} at DAC weight {best.dac:g} and span weight {best.span:g}.")
 
 # %% ../../nbs/49_figures.ipynb #be4b36a4
 def training_seconds(run: Run) -> float:
-    "The median step of log.csv times the steps, which a run that was resumed, or suspended in between, does not change; without a log what metrics.json says."
+    """The median step of log.csv times the steps, which a run that was resumed, or suspended in
+    between, does not change; without a log what metrics.json says."""
     log = pd.read_csv(run.folder/"log.csv") if (run.folder/"log.csv").is_file() else pd.DataFrame()
-    return float(log.seconds.median() * log.step.max()) if "seconds" in log else run.metrics["seconds"]["training"]
+    return (float(log.seconds.median() * log.step.max()) if "seconds" in log
+        else run.metrics["seconds"]["training"])
 
 def costs(results: Results, suite: str) -> pd.DataFrame:
     "Columns cell, seed, seconds (`training_seconds`), and each metric: a row a run."
-    return pd.DataFrame([dict(cell=c, seed=r.seed, seconds=training_seconds(r)) | {m: run_score(r, m) for m in METRICS} for c, runs in results.cells(suite).items() for r in runs])
+    return pd.DataFrame([dict(cell=c, seed=r.seed,
+                seconds=training_seconds(r)) | {m: run_score(r, m) for m in METRICS}
+            for c, runs in results.cells(suite).items() for r in runs])
 
 def cost_plot(frame: pd.DataFrame) -> Figure:
-    "`costs`: wall-clock of the training against NLL and ROUGE-L, a dot a run, a cross for the mean of a cell."
+    """`costs`: wall-clock of the training against NLL and ROUGE-L, a dot a run, a cross for the
+    mean of a cell."""
     figure, axes = _axes(2, 9, 3.2)
     for ax, metric in zip(axes, ("nll", "rouge_l")):
         for (cell, part), colour in zip(frame.groupby("cell", sort=False), _colours(frame.cell)):
             ax.plot(part.seconds, part[metric], "o", ms=3, color=colour)
             ax.plot(part.seconds.mean(), part[metric].mean(), "X", ms=8, color=colour, label=cell)
-        ax.set(title=METRICS[metric].label, xlabel="seconds of training (median step x steps)", ylabel=METRICS[metric].unit)
+        ax.set(title=METRICS[metric].label, xlabel="seconds of training (median step x steps)",
+            ylabel=METRICS[metric].unit)
     axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     mean = frame.groupby("cell").seconds.mean()
-    return _finished(figure, f"NLL and ROUGE-L against the seconds of training, a dot a run and a cross a cell: from {mean.min():.0f} seconds ({mean.idxmin()}) to {mean.max():.0f} ({mean.idxmax()}) on average.")
+    return _finished(figure, "NLL and ROUGE-L against the seconds of training, a dot a run and a "
+        f"cross a cell: from {mean.min():.0f} seconds ({mean.idxmin()}) to {mean.max():.0f} "
+        f"({mean.idxmax()}) on average.")
 
 # %% ../../nbs/49_figures.ipynb #0bc2a115
 def metrics_plot(frame: pd.DataFrame) -> Figure:
     "`each_run`: ROUGE-L against distinct-2 and against NLL, a dot a run."
     figure, axes = _axes(2, 9, 3.2, sharey=True)
-    for ax, key, label in zip(axes, ("distinct_2", "nll"), ("distinct-2 (left: answers more alike)", "NLL, nats a token (left: better)")):
-        for name, part, colour in (("with DAC-KL", frame[frame.dac], "C1"), ("without", frame[~frame.dac], "C0")): ax.plot(part[key], part.rouge_l, "o", ms=4, alpha=0.7, color=colour, label=name)
+    for ax, key, label in zip(axes, ("distinct_2", "nll"),
+            ("distinct-2 (left: answers more alike)", "NLL, nats a token (left: better)")):
+        for name, part, colour in (("with DAC-KL", frame[frame.dac], "C1"),
+                ("without", frame[~frame.dac], "C0")):
+            ax.plot(part[key], part.rouge_l, "o", ms=4, alpha=0.7, color=colour, label=name)
         ax.set(xlabel=label)
     axes[0].set_ylabel("ROUGE-L, points")
     axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    return _finished(figure, f"ROUGE-L against distinct-2 and against NLL, a dot for each of {len(frame)} runs, {int(frame.dac.sum())} of them with DAC-KL. The rank correlations are in the text.")
+    return _finished(figure, "ROUGE-L against distinct-2 and against NLL, a dot for each of "
+        f"{len(frame)} runs, {int(frame.dac.sum())} of them with DAC-KL. The rank correlations "
+        "are in the text.")

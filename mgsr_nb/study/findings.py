@@ -33,11 +33,14 @@ def _size(results: Results, suite: str) -> str:
     seeds = sorted({len(v) for v in results.cells(suite).values()})
     prompts = sum(len(t["tokens_per_prompt"]) for t in runs[0].metrics["student"]["test"].values())
     sets = len(sets_of(results, suite))
-    return f"{len(results.cells(suite))} of {len(results.described(suite).cells)} cells, {_seeds(seeds[0]) if len(seeds) == 1 else f'{seeds[0]} to {_seeds(seeds[-1])}'}, {prompts} prompts of {sets} set{'s' * (sets > 1)}"
+    return (f"{len(results.cells(suite))} of {len(results.described(suite).cells)} cells, "
+        f"{_seeds(seeds[0]) if len(seeds) == 1 else f'{seeds[0]} to {_seeds(seeds[-1])}'}, "
+        f"{prompts} prompts of {sets} set{'s' * (sets > 1)}")
 
 def _pair_texts(pairs: dict[str, Estimate], metric: str = DECIDING) -> str:
     "name: d [low, high], verdict; ..."
-    return "; ".join(f"{name} {_interval(d, metric)} ({_side(verdict(d)).strip('*')})" for name, d in pairs.items())
+    return "; ".join(f"{name} {_interval(d, metric)} ({_side(verdict(d)).strip('*')})"
+        for name, d in pairs.items())
 
 # %% ../../nbs/48_findings.ipynb #c1ab596e
 def _counts(pairs: dict[str, Estimate]) -> dict[str, list[str]]:
@@ -47,78 +50,111 @@ def _counts(pairs: dict[str, Estimate]) -> dict[str, list[str]]:
 
 def _largest(pairs: dict[str, Estimate], names: Sequence[str], metric: str) -> str:
     "The largest difference that the intervals of these pairs allow."
-    return f"{_number(max(max(abs(pairs[n].low), abs(pairs[n].high)) for n in names), METRICS[metric].digits)} {METRICS[metric].unit}"
+    return (
+        f"{_number(max(max(abs(pairs[n].low), abs(pairs[n].high)) for n in names), METRICS[metric].digits)} {METRICS[metric].unit}")
 
 def _open_text(pairs: dict[str, Estimate], metric: str = DECIDING) -> str:
     "What the open pairs leave possible; empty if none is open."
     names = _counts(pairs)["open"]
     if not names: return ""
     few = min(len(pairs[n].by_seed) for n in names)
-    why = f" (the rule asks for {MIN_SEEDS} training seeds, there {'is' if few == 1 else 'are'} {few})" if few < MIN_SEEDS else ""
-    return f" {len(names)} of {len(pairs)} not resolved{why}; their intervals reach to {_largest(pairs, names, metric)}."
+    why = (f" (the rule asks for {MIN_SEEDS} training seeds, there {'is' if few == 1 else 'are'} "
+        f"{few})" if few < MIN_SEEDS else "")
+    return (f" {len(names)} of {len(pairs)} not resolved{why}; their intervals reach to "
+        f"{_largest(pairs, names, metric)}.")
 
 def _in_rouge(results: Results, suite: str, pairs: dict[str, tuple[str, str]]) -> str:
-    "Which of the same comparisons ROUGE-L resolves, where it contradicts the NLL, and how wide its intervals are. `pairs`: {name: (cell, other cell)}."
-    found, by_nll = ({name: paired(results, suite, a, b, metric) for name, (a, b) in pairs.items()} for metric in ("rouge_l", DECIDING))
+    """Which of the same comparisons ROUGE-L resolves, where it contradicts the NLL, and how wide
+    its intervals are. `pairs`: {name: (cell, other cell)}."""
+    found, by_nll = ({name: paired(results, suite, a, b, metric) for name, (a, b) in pairs.items()}
+        for metric in ("rouge_l", DECIDING))
     counts, opposite = _counts(found), {"better": "worse", "worse": "better"}
     resolved = {n: d for n, d in found.items() if n not in counts["open"]}
-    against = [n for side, other in opposite.items() for n in counts[side] if n in _counts(by_nll)[other]]
+    against = [n for side, other in opposite.items()
+        for n in counts[side] if n in _counts(by_nll)[other]]
     width = np.mean([d.high - d.low for d in found.values()]) / 2
-    return (f"ROUGE-L resolves {len(resolved)} of the {len(found)} comparisons, with intervals ±{width:.1f} points wide on average"
+    return (f"ROUGE-L resolves {len(resolved)} of the {len(found)} comparisons, with intervals "
+        f"±{width:.1f} points wide on average"
             + (f": {_pair_texts(resolved, 'rouge_l')}." if resolved else ".")
-            + (f" **The two metrics contradict each other** for {_listed(against)}: the rule, written before the runs, goes by the NLL; the paper goes by ROUGE-L." if against else ""))
+            + (f" **The two metrics contradict each other** for {_listed(against)}: the rule, "
+                "written before the runs, goes by the NLL; the paper goes by ROUGE-L." if against
+                else ""))
 
 # %% ../../nbs/48_findings.ipynb #1a373b58
-SHARE_OF_SFT = "A smaller weight of a distillation loss is also a larger share of the SFT term, whose loss this NLL is: these cells cannot tell the two apart."
+SHARE_OF_SFT = ("A smaller weight of a distillation loss is also a larger share of the SFT term, "
+    "whose loss this NLL is: these cells cannot tell the two apart.")
 
 def weights_answer(results: Results, suite: str = "loss_weights") -> str:
-    "Markdown, a paragraph and what else there is to say: does the balance of the loss weights matter? A cell without one of the two losses is no balance, so the two are told apart."
-    title, cells, reference = "**Does the balance of the loss weights matter?**", results.cells(suite), results.described(suite).reference if results.described(suite).cells else ""
+    """Markdown, a paragraph and what else there is to say: does the balance of the loss weights
+    matter? A cell without one of the two losses is no balance, so the two are told apart."""
+    title = "**Does the balance of the loss weights matter?**"
+    cells = results.cells(suite)
+    reference = results.described(suite).reference if results.described(suite).cells else ""
     pairs = {c: d for c in cells if c != reference and (d := paired(results, suite, c, reference))}
     if not pairs: return f"{title} Not run yet: `mgsr-ablate {suite} --seeds {MIN_SEEDS}`."
     names = {c: f"({weights_of(cells[c][0])[0]:g}, {weights_of(cells[c][0])[1]:g})" for c in pairs}
     balance = {names[c]: d for c, d in pairs.items() if min(weights_of(cells[c][0])) > 0}
     without = {names[c]: d for c, d in pairs.items() if min(weights_of(cells[c][0])) == 0}
-    in_kl = {names[c]: paired(results, suite, c, reference, "kl") for c in pairs if names[c] in balance}
+    in_kl = {names[c]: paired(results, suite, c, reference, "kl")
+        for c in pairs if names[c] in balance}
     parts = [_verdict_on_balance(balance) if balance else "No other balance was run.",
-             f"NLL of the reference responses, nats a token better than with (dac, span) = (1, 1): {_pair_texts(balance)}.{_open_text(balance)}" if balance else "",
-             f"KL to the teacher, likewise: {_pair_texts(in_kl, 'kl')}." if balance else "", SHARE_OF_SFT if balance else "",
+             "NLL of the reference responses, nats a token better than with (dac, span) = (1, "
+             f"1): {_pair_texts(balance)}.{_open_text(balance)}" if balance else "",
+             f"KL to the teacher, likewise: {_pair_texts(in_kl, 'kl')}." if balance else "",
+             SHARE_OF_SFT if balance else "",
              f"Leaving a loss out: {_pair_texts(without)}.{_open_text(without)}" if without else ""]
     return _answer(results, suite, title, parts, {names[c]: (c, reference) for c in pairs})
 
-def _answer(results: Results, suite: str, title: str, parts: Sequence[str], pairs: dict[str, tuple[str, str]]) -> str:
-    "The paragraph that the deciding metric gives, and a second one of what else the comparisons `pairs` say."
+def _answer(results: Results, suite: str, title: str, parts: Sequence[str],
+        pairs: dict[str, tuple[str, str]]) -> str:
+    """The paragraph that the deciding metric gives, and a second one of what else the comparisons
+    `pairs` say."""
     more = [found for f in (_in_rouge, sensitivity) if (found := f(results, suite, pairs))]
-    return f"{title} {' '.join(p for p in parts if p)} ({_size(results, suite)}; 95 % intervals.)\n\n{' '.join(more)}"
+    return (f"{title} {' '.join(p for p in parts if p)} ({_size(results, suite)}; 95 % "
+        f"intervals.)\n\n{' '.join(more)}")
 
 def _verdict_on_balance(balance: dict[str, Estimate]) -> str:
     "The short answer."
     found, n = _counts(balance), len(balance)
-    if not found["better"] and not found["worse"]: return f"Not resolved at this scale: {'the one other balance does not differ' if n == 1 else f'none of {n} other balances differs'} from (1, 1) by our rule."
-    said = [f"{_listed(found[k])} {'is' if len(found[k]) == 1 else 'are'} {k} than (1, 1)" for k in ("better", "worse") if found[k]]
+    if not found["better"] and not found["worse"]:
+        return ("Not resolved at this scale: "
+            f"{'the one other balance does not differ' if n == 1 else f'none of {n} other balances differs'} " "from (1, 1) by our rule.")
+    said = [f"{_listed(found[k])} {'is' if len(found[k]) == 1 else 'are'} {k} than (1, 1)"
+        for k in ("better", "worse") if found[k]]
     return f"Yes, at this scale: {_listed(said)}."
 
 # %% ../../nbs/48_findings.ipynb #b2616596
 def clipping_pairs(results: Results, suite: str = "fixed_clipping") -> dict[str, str]:
-    "{cell with fixed clipping: the learned cell that it is compared with}. The readings of a percentile and of the top classes are their own, so these meet the reference."
+    """{cell with fixed clipping: the learned cell that it is compared with}.
+
+    The readings of a percentile and of the top classes are their own, so these meet the reference.
+    """
     config = {c: runs[0].metrics["config"] for c, runs in results.cells(suite).items()}
     learned = {v["clip_reading"]: c for c, v in config.items() if v["clip"] == "learned"}
     default = results.described(suite).reference
-    rival = lambda v: learned.get(v["clip_reading"], default) if v["clip"] == "fixed_quantile" else default
-    return {c: rival(v) for c, v in config.items() if v["clip"] not in ("learned", "none") and rival(v) in config}
+    rival = lambda v: learned.get(v["clip_reading"],
+        default) if v["clip"] == "fixed_quantile" else default
+    return {c: rival(v) for c, v in config.items() if v["clip"] not in ("learned", "none")
+        and rival(v) in config}
 
 def clipping_answer(results: Results, suite: str = "fixed_clipping") -> str:
-    "Markdown, a paragraph and what else there is to say: does the learned clipping beat fixed clipping?"
-    title, fixed = "**Does the learned clipping beat fixed clipping?**", clipping_pairs(results, suite) if results.cells(suite) else {}
-    against = lambda rivals: {f"`{c}`": d for c, rival in rivals.items() if (d := paired(results, suite, rival, c))}
+    """Markdown, a paragraph and what else there is to say: does the learned clipping beat fixed
+    clipping?"""
+    title = "**Does the learned clipping beat fixed clipping?**"
+    fixed = clipping_pairs(results, suite) if results.cells(suite) else {}
+    against = lambda rivals: {f"`{c}`": d for c, rival in rivals.items()
+        if (d := paired(results, suite, rival, c))}
     pairs = against(fixed)
     if not pairs: return f"{title} Not run yet: `mgsr-ablate {suite} --seeds {MIN_SEEDS}`."
-    none = {c: results.described(suite).reference for c, runs in results.cells(suite).items() if runs[0].metrics["config"]["clip"] == "none"}
+    none = {c: results.described(suite).reference
+        for c, runs in results.cells(suite).items() if runs[0].metrics["config"]["clip"] == "none"}
     unclipped = against(none)
-    parts = [_verdict_on_clipping(pairs), f"NLL of the reference responses, nats a token that learned limits are better than fixed ones: {_pair_texts(pairs)}.{_open_text(pairs)}",
+    parts = [_verdict_on_clipping(pairs), "NLL of the reference responses, nats a token that "
+        f"learned limits are better than fixed ones: {_pair_texts(pairs)}.{_open_text(pairs)}",
              f"Than no clipping at all: {_pair_texts(unclipped)}." if unclipped else "",
              where_limits_ended(results, suite)]
-    return _answer(results, suite, title, parts, {f"`{c}`": (r, c) for c, r in (fixed | none).items() if f"`{c}`" in pairs | unclipped})
+    return _answer(results, suite, title, parts,
+        {f"`{c}`": (r, c) for c, r in (fixed | none).items() if f"`{c}`" in pairs | unclipped})
 
 def _verdict_on_clipping(pairs: dict[str, Estimate]) -> str:
     "The short answer."
@@ -126,20 +162,27 @@ def _verdict_on_clipping(pairs: dict[str, Estimate]) -> str:
     if len(found["better"]) == n: return f"Yes, at this scale: it is better than each of {n}."
     if len(found["worse"]) == n: return f"No, at this scale: each of {n} is better than it."
     said = [f"{k} than {_listed(found[k])}" for k in ("better", "worse") if found[k]]
-    return f"Not in general, at this scale: it is {_listed(said)}." if said else f"Not resolved at this scale: it differs from none of {n} by our rule."
+    return (f"Not in general, at this scale: it is {_listed(said)}." if said
+        else f"Not resolved at this scale: it differs from none of {n} by our rule.")
 
 # %% ../../nbs/48_findings.ipynb #ebbabb75
-def _temperature(run: Run) -> float: return run.metrics["config"].get("eval_temperature", 1.)      # runs older than the parameter drew at 1
+# runs older than the parameter drew at 1
+def _temperature(run: Run) -> float: return run.metrics["config"].get("eval_temperature", 1.)
 
 def each_run(results: Results) -> pd.DataFrame:
-    "A row a run, copies once, of the preset, student, temperature of the answers and prompts that most runs have: suite, cell, seed, dac (whether DAC-KL is trained), and the means over the test sets of each metric and of distinct_2 (nan where it was not recorded)."
+    """A row a run, copies once, of the preset, student, temperature of the answers and prompts that
+    most runs have: suite, cell, seed, dac (whether DAC-KL is trained), and the means over the test
+    sets of each metric and of distinct_2 (nan where it was not recorded)."""
     rows = []
     for r in (r for r in results.runs if r.usable):
         config = r.metrics["config"]
-        setting = str([config.get(k) for k in ("preset", "student", "student_layers")] + [_temperature(r)]) + _prompts(r)
-        rows.append(dict(suite=r.suite, cell=r.cell, seed=r.seed, setting=setting, dac=config.get("dac_weight", 0) > 0, distinct_2=of_answers(r, "distinct_2"))
+        setting = (str([config.get(k) for k in ("preset", "student", "student_layers")]
+                + [_temperature(r)]) + _prompts(r))
+        rows.append(dict(suite=r.suite, cell=r.cell, seed=r.seed, setting=setting,
+                dac=config.get("dac_weight", 0) > 0, distinct_2=of_answers(r, "distinct_2"))
                     | {m: run_score(r, m) for m in METRICS})
-    found = pd.DataFrame(rows, columns=["suite", "cell", "seed", "setting", "dac", "distinct_2", *METRICS]).drop_duplicates([*METRICS, "seed", "setting"])
+    found = pd.DataFrame(rows, columns=["suite", "cell", "seed", "setting", "dac", "distinct_2",
+            *METRICS]).drop_duplicates([*METRICS, "seed", "setting"])
     groups = [part for _, part in found.groupby("setting", sort=False)]
     return max(groups, key=len) if groups else found
 
@@ -148,41 +191,70 @@ def rank_correlation(a: pd.Series, b: pd.Series) -> float:
     return a.rank().corr(b.rank())
 
 def metrics_apart(results: Results) -> str:
-    "Markdown: Spearman's rank correlation of ROUGE-L with NLL and with distinct-2 over `each_run`, and among the runs with and without DAC-KL. Empty with fewer than 10 runs, or if one did not record distinct-2."
+    """Markdown: Spearman's rank correlation of ROUGE-L with NLL and with distinct-2 over
+    `each_run`, and among the runs with and without DAC-KL. Empty with fewer than 10 runs, or if one
+    did not record distinct-2."""
     runs = each_run(results)
     if len(runs) < 10 or runs.distinct_2.isna().any(): return ""
     def with_(key):
         of = lambda part: f"{rank_correlation(part.rouge_l, part[key]):+.2f}"
-        return f"{of(runs)} ({', '.join(f'{len(part)} {name} DAC-KL: {of(part)}' for name, part in (('with', runs[runs.dac]), ('without', runs[~runs.dac])) if len(part) > 2)})"
-    parted = rank_correlation(runs.rouge_l, runs.nll) > 0 > rank_correlation(runs.rouge_l, runs.distinct_2)
-    return (f"*Added after the runs were seen, for no verdict:* over the {len(runs)} different runs of one preset and student, Spearman's rank correlation of ROUGE-L with distinct-2 is {with_('distinct_2')}, with NLL {with_('nll')}."
-            + (" So ROUGE-L is higher where answers are more alike, and, over all, where the NLL is *worse*. Sharper distributions would do both: a draw at temperature 1 strays less, and a reference that strays costs more." if parted else "")
-            + " The runs share prompts, seeds and cells: a description, not a test; what the temperature of the answers does is the question of the suite `temperature`.")
+        return (f"{of(runs)} "
+            f"({', '.join(f'{len(part)} {name} DAC-KL: {of(part)}' for name, part in (('with', runs[runs.dac]), ('without', runs[~runs.dac])) if len(part) > 2)})")
+    parted = rank_correlation(runs.rouge_l, runs.nll) > 0 > rank_correlation(runs.rouge_l,
+        runs.distinct_2)
+    return (f"*Added after the runs were seen, for no verdict:* over the {len(runs)} different "
+        "runs of one preset and student, Spearman's rank correlation of ROUGE-L with distinct-2 "
+        f"is {with_('distinct_2')}, with NLL {with_('nll')}."
+            + (" So ROUGE-L is higher where answers are more alike, and, over all, where the NLL "
+                "is *worse*. Sharper distributions would do both: a draw at temperature 1 strays "
+                "less, and a reference that strays costs more." if parted else "")
+            + " The runs share prompts, seeds and cells: a description, not a test; what the "
+            "temperature of the answers does is the question of the suite `temperature`.")
 
 # %% ../../nbs/48_findings.ipynb #c49c9a3c
 def _verdict_on_sharpness(same: dict[str, Estimate], lower: dict[str, Estimate]) -> str:
     "The short answer."
-    past, ahead = _counts(lower)["worse"], _counts({n: d for n, d in same.items() if n != "at 1"})["better"]
-    said = [f"KD drawn {_listed(past)} passes MGSR drawn at 1"] * bool(past) + [f"sharpness is not all of it: drawn alike {_listed(ahead)}, MGSR is still better"] * bool(ahead)
+    past = _counts(lower)["worse"]
+    ahead = _counts({n: d for n, d in same.items() if n != "at 1"})["better"]
+    said = ([f"KD drawn {_listed(past)} passes MGSR drawn at 1"] * bool(past)
+        + [f"sharpness is not all of it: drawn alike {_listed(ahead)}, MGSR is still better"]
+        * bool(ahead))
     return f"At this scale: {'; '.join(said)}." if said else "Not resolved at this scale."
 
 def sharpness_answer(results: Results, suite: str = "temperature") -> str:
-    "Markdown: by how much MGSR is better than KD by ROUGE-L with both at one temperature, and MGSR at 1 than KD at others, with the distinct-2 of all. Empty without runs of both at one temperature."
-    cells = {(r.metrics["config"].get("method"), _temperature(r)): cell for cell, runs in results.cells(suite).items() for r in runs[:1]}
+    """Markdown: by how much MGSR is better than KD by ROUGE-L with both at one temperature, and
+    MGSR at 1 than KD at others, with the distinct-2 of all. Empty without runs of both at one
+    temperature."""
+    cells = {(r.metrics["config"].get("method"), _temperature(r)): cell
+        for cell, runs in results.cells(suite).items() for r in runs[:1]}
     temperatures = sorted({t for _, t in cells}, reverse=True)
-    def against(pairs): return {f"at {t:g}": d for t, own in pairs if (d := paired(results, suite, cells.get(("mgsr", own)), cells.get(("kd", t)), "rouge_l"))}
-    same, lower = against([(t, t) for t in temperatures]), against([(t, 1.) for t in temperatures if t != 1])
+    def against(pairs):
+        return {f"at {t:g}": d for t, own in pairs
+            if (d := paired(results, suite, cells.get(("mgsr", own)), cells.get(("kd", t)),
+                    "rouge_l"))}
+    same = against([(t, t) for t in temperatures])
+    lower = against([(t, 1.) for t in temperatures if t != 1])
     if not same: return ""
-    distinct = {cell: np.mean([of_answers(r, "distinct_2") for r in runs]) for cell, runs in results.cells(suite).items()}
-    def alike(method): return ", ".join(f"{distinct[cells[method, t]]:.2f} at {t:g}" for t in temperatures if (method, t) in cells)
-    return (f"**Is a higher ROUGE-L a matter of sharpness?** {_verdict_on_sharpness(same, lower)} ROUGE-L points that MGSR is better than KD when the answers of both are drawn at the same temperature (0: the likeliest token each time): {_pair_texts(same, 'rouge_l')}."
-            + (f" MGSR drawn at 1, than KD drawn otherwise: {_pair_texts(lower, 'rouge_l')}." if lower else "")
-            + (f" Distinct-2: MGSR {alike('mgsr')}; KD {alike('kd')}." if not np.isnan(list(distinct.values())).any() else "") + f" ({_size(results, suite)}; 95 % intervals; a suite of our own, added after the other runs were seen.)")
+    distinct = {cell: np.mean([of_answers(r, "distinct_2") for r in runs])
+        for cell, runs in results.cells(suite).items()}
+    def alike(method):
+        return ", ".join(f"{distinct[cells[method, t]]:.2f} at {t:g}"
+            for t in temperatures if (method, t) in cells)
+    return (f"**Is a higher ROUGE-L a matter of sharpness?** {_verdict_on_sharpness(same, lower)} "
+        "ROUGE-L points that MGSR is better than KD when the answers of both are drawn at the "
+        f"same temperature (0: the likeliest token each time): {_pair_texts(same, 'rouge_l')}."
+            + (f" MGSR drawn at 1, than KD drawn otherwise: {_pair_texts(lower, 'rouge_l')}."
+                if lower else "")
+            + (f" Distinct-2: MGSR {alike('mgsr')}; KD {alike('kd')}."
+                if not np.isnan(list(distinct.values())).any() else "")
+            + f" ({_size(results, suite)}; 95 % intervals; a suite of our own, added after the "
+            "other runs were seen.)")
 
 # %% ../../nbs/48_findings.ipynb #65b7a1d9
 def best_cell(results: Results, suite: str) -> str:
     "The cell with the lowest NLL, mean over its seeds."
-    return min(results.cells(suite).items(), key=lambda item: sample(item[1], DECIDING).by_seed().mean())[0]
+    return min(results.cells(suite).items(), key=lambda item: sample(item[1],
+            DECIDING).by_seed().mean())[0]
 
 def verdict_counts(claims: pd.DataFrame, metric: str = DECIDING) -> dict[str, int]:
     "How many claims hold, do not hold, are not resolved, are not run, by a metric."
@@ -190,41 +262,65 @@ def verdict_counts(claims: pd.DataFrame, metric: str = DECIDING) -> dict[str, in
     return {k: found.count(k) for k in (HOLDS, FAILS, OPEN, NOT_RUN)}
 
 def _summary_row(results: Results, suite: str) -> dict:
-    claims, seeds = suite_claims(results, suite), sorted({len(v) for v in results.cells(suite).values()})
-    counted = lambda metric: ", ".join(f"{k}: {n}" for k, n in verdict_counts(claims, metric).items() if n) or "none"
+    claims = suite_claims(results, suite)
+    seeds = sorted({len(v) for v in results.cells(suite).values()})
+    counted = lambda metric: ", ".join(f"{k}: {n}"
+        for k, n in verdict_counts(claims, metric).items() if n) or "none"
     reference, best = results.described(suite).reference, best_cell(results, suite)
     d = paired(results, suite, best, reference) if best != reference else None
-    return {"suite": f"`{suite}`", "cells": f"{len(results.cells(suite))} of {len(results.described(suite).cells)}", "seeds": "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))),
-            "best by NLL, nats better than the reference": f"`{best}`" + (f"<br>{_interval(d, DECIDING)} than `{reference}`, {_side(verdict(d))}" if d else ", the reference" if best == reference else f"<br>no seed in common with `{reference}`"),
+    return {"suite": f"`{suite}`",
+        "cells": f"{len(results.cells(suite))} of {len(results.described(suite).cells)}",
+        "seeds": "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))),
+            "best by NLL, nats better than the reference": f"`{best}`"
+            + (f"<br>{_interval(d, DECIDING)} than `{reference}`, {_side(verdict(d))}" if d
+                else ", the reference" if best == reference
+                else f"<br>no seed in common with `{reference}`"),
             "claims, by NLL": counted(DECIDING), "by ROUGE-L": counted("rouge_l")}
 
-def summary_markdown(runs_dir: str | Path = "runs", suites: Optional[dict] = None, results: Optional[Results] = None, answers: bool = True) -> str:
-    "The results so far: a line per suite with runs, what the claims came to, what goes with what, what sharpness explains, what was not run, and (`answers`) a paragraph for each of the two questions."
+def summary_markdown(runs_dir: str | Path = "runs", suites: Optional[dict] = None,
+        results: Optional[Results] = None, answers: bool = True) -> str:
+    """The results so far: a line per suite with runs, what the claims came to, what goes with what,
+    what sharpness explains, what was not run, and (`answers`) a paragraph for each of the two
+    questions."""
     r = results or read_results(runs_dir, suites)
     ran = [n for n in r.names if r.cells(n)]
-    parts = [markdown_table([_summary_row(r, n) for n in ran]), claims_sentence(r), metrics_apart(r), sharpness_answer(r), not_run_sentence(r), *((weights_answer(r), clipping_answer(r)) if answers else ())]
+    parts = [markdown_table([_summary_row(r, n) for n in ran]), claims_sentence(r),
+        metrics_apart(r), sharpness_answer(r), not_run_sentence(r),
+        *((weights_answer(r), clipping_answer(r)) if answers else ())]
     return "\n\n".join(p for p in parts if p)
 
 # %% ../../nbs/48_findings.ipynb #373e7aaf
 def claims_sentence(results: Results) -> str:
-    "How many claims were tested in all, how they came out by the deciding metric and by the paper's, where the two contradict each other, and how many verdicts to expect by chance."
+    """How many claims were tested in all, how they came out by the deciding metric and by the
+    paper's, where the two contradict each other, and how many verdicts to expect by chance."""
     claims = pd.concat([pd.DataFrame(), *(suite_claims(results, name) for name in results.names)])
     claims = claims if claims.empty else claims[claims[f"{DECIDING}_verdict"] != NOT_RUN]
     if claims.empty: return ""
-    said = lambda metric: ", ".join(f"{k} {n}" for k, n in verdict_counts(claims, metric).items() if n)
-    against = [f"{c.text} ({c[f'{DECIDING}_verdict']}, {c.rouge_l_verdict})" for _, c in claims.iterrows() if {c[f"{DECIDING}_verdict"], c.rouge_l_verdict} == {HOLDS, FAILS}]
+    said = lambda metric: ", ".join(f"{k} {n}"
+        for k, n in verdict_counts(claims, metric).items() if n)
+    against = [f"{c.text} ({c[f'{DECIDING}_verdict']}, {c.rouge_l_verdict})"
+        for _, c in claims.iterrows() if {c[f"{DECIDING}_verdict"], c.rouge_l_verdict} == {HOLDS,
+            FAILS}]
     n, few = len(claims), int((claims.seeds < MIN_SEEDS).sum())
-    return (f"{n} claim{'s were' if n > 1 else ' was'} tested in all{f', {few} of them with fewer than {MIN_SEEDS} training seeds, which resolve nothing' if few else ''}. By NLL, which decides: {said(DECIDING)}. By ROUGE-L, the paper's metric: {said('rouge_l')}."
-            + (f" **The two contradict each other** in {len(against)}: {'; '.join(against)}." if against else "")
-            + (f" The verdicts are not corrected for their number: if no cell differed from another, each claim with seeds enough would come out as *{HOLDS}* or *{FAILS}* in 3 to 12 of 100 cases, by how much seeds differ (simulated in notebook 46): {0.03 * (n - few):.1f} to {0.12 * (n - few):.1f} of {n - few}." if n > few else ""))
+    return (f"{n} claim{'s were' if n > 1 else ' was'} tested in "
+        f"all{f', {few} of them with fewer than {MIN_SEEDS} training seeds, which resolve nothing' if few else ''}. " f"By NLL, which decides: {said(DECIDING)}. By ROUGE-L, the paper's metric: " f"{said('rouge_l')}."
+            + (f" **The two contradict each other** in {len(against)}: {'; '.join(against)}."
+                if against else "")
+            + (" The verdicts are not corrected for their number: if no cell differed from "
+                f"another, each claim with seeds enough would come out as *{HOLDS}* or *{FAILS}* "
+                "in 3 to 12 of 100 cases, by how much seeds differ (simulated in notebook 46): "
+                f"{0.03 * (n - few):.1f} to {0.12 * (n - few):.1f} of {n - few}." if n > few
+                else ""))
 
 def not_run_sentence(results: Results) -> str:
     "The suites without runs; empty if all ran."
-    return f"Not run yet: {_listed([f'`{n}`' for n in results.not_run])}." if results.not_run else ""
+    return (f"Not run yet: {_listed([f'`{n}`' for n in results.not_run])}." if results.not_run
+        else "")
 
 def failures_markdown(results: Results) -> str:
     "Every failed or unusable run with its error."
-    rows = [{"run": f"`{r.suite}/{r.cell}/seed{r.seed}`", "error": " ".join(r.error.split())[:300]} for r in results.runs if r.error]
+    rows = [{"run": f"`{r.suite}/{r.cell}/seed{r.seed}`", "error": " ".join(r.error.split())[:300]}
+        for r in results.runs if r.error]
     return markdown_table(rows) or "No run failed."
 
 # %% ../../nbs/48_findings.ipynb #d01a09d9
@@ -232,12 +328,22 @@ ODDITIES = (
     "Table 1, OpenLLaMA2: the five sets of \"Ours\" average 28.75; 28.87 is printed.",
     "Table 1, LLaMA2: the Self-Instruct score of SFT is its Super-Natural Instructions score again.",
     "Table 1, OPT on Vicuna: \"Ours\" ranks 6th of 8.",
-    "Table 1, GPT-2: the student (21.89) stays below its teacher (22.56); in the other three pairs it is above.",
-    "Table 3c, symmetric KL: the row has the test scores of Table 3a's off-policy row, to the last digit printed in the source (four decimals).",
-    "Table 3a: SCRG with off-policy and with on-policy text differ by 0.003 points on the Dolly test set.",
+    "Table 1, GPT-2: the student (21.89) stays below its teacher (22.56); in the other three "
+    "pairs it is above.",
+    "Table 3c, symmetric KL: the row has the test scores of Table 3a's off-policy row, to the "
+    "last digit printed in the source (four decimals).",
+    "Table 3a: SCRG with off-policy and with on-policy text differ by 0.003 points on the Dolly "
+    "test set.",
     "Table 4b: the efficiency is in batches a second or in seconds a batch; the text allows both.",
     "No table has a variance, and no number of training seeds is given.",
 )
-GPT2 = {"Ours": (26.56, 13.12, 17.68, 24.70, 27.40, 21.89), "DistiLLM": (25.61, 12.60, 16.75, 24.64, 27.58, 21.44), "MiniLLM": (23.81, 12.28, 17.02, 23.86, 24.91, 20.37), "GKD": (23.32, 10.34, 15.94, 16.08, 17.77, 16.69),
-        "ImitKD": (21.77, 10.19, 15.46, 17.19, 20.89, 17.10), "SeqKD": (23.72, 10.39, 14.66, 19.81, 22.74, 18.27), "KD": (23.22, 10.09, 15.00, 15.48, 18.96, 16.55), "SFT": (23.83, 9.67, 14.90, 16.41, 18.32, 16.63),
-        "Teacher": (27.04, 14.56, 16.74, 24.97, 29.49, 22.56)}     # Table 1: Dolly, Self-Instruct, Vicuna, S-NI, UnNI, and the printed average
+# Table 1: Dolly, Self-Instruct, Vicuna, S-NI, UnNI, and the printed average
+GPT2 = {"Ours": (26.56, 13.12, 17.68, 24.70, 27.40, 21.89),
+    "DistiLLM": (25.61, 12.60, 16.75, 24.64, 27.58, 21.44),
+    "MiniLLM": (23.81, 12.28, 17.02, 23.86, 24.91, 20.37),
+    "GKD": (23.32, 10.34, 15.94, 16.08, 17.77, 16.69),
+        "ImitKD": (21.77, 10.19, 15.46, 17.19, 20.89, 17.10),
+        "SeqKD": (23.72, 10.39, 14.66, 19.81, 22.74, 18.27),
+        "KD": (23.22, 10.09, 15.00, 15.48, 18.96, 16.55),
+        "SFT": (23.83, 9.67, 14.90, 16.41, 18.32, 16.63),
+        "Teacher": (27.04, 14.56, 16.74, 24.97, 29.49, 22.56)}

@@ -22,7 +22,8 @@ PRESET = "laptop-dolly"    # of the committed results
 
 @dataclass(frozen=True)
 class Job:
-    "A cell of a suite and a training seed: the parameters of its run, if they are known yet, and the cell that it waits for."
+    """A cell of a suite and a training seed: the parameters of its run, if they are known yet, and
+    the cell that it waits for."""
     suite: str
     cell: str
     seed: int
@@ -39,38 +40,53 @@ class Job:
         return self.folder.parent.parent/cell/self.folder.name
 
     def known(self) -> "Job":
-        "The job with all its parameters; the run that they come from must be finished. Raises what `make` raises, and `ConfigError` if these parameters are refused."
+        """The job with all its parameters; the run that they come from must be finished.
+
+        Raises what `make` raises, and `ConfigError` if these parameters are refused."""
         if self.after is None: return self
-        found = Job(self.suite, self.cell, self.seed, {**self.params, **self.after.make(self.beside(self.after.cell))})
+        found = Job(self.suite, self.cell, self.seed,
+            {**self.params, **self.after.make(self.beside(self.after.cell))})
         resolve(found.params)
         return found
 
 # %% ../../nbs/41_jobs.ipynb #638c3adc
-def jobs_of(suite: str, seeds: Sequence[int] = (0,), preset: str = PRESET, cells: Sequence[str] = (), params: dict = {}, name: str = "") -> list[Job]:
-    """The jobs of a suite, all cells of the first seed first. `params` hold for every cell (a cell's own count more); `cells` chooses some.
+def jobs_of(suite: str, seeds: Sequence[int] = (0,), preset: str = PRESET,
+        cells: Sequence[str] = (), params: dict = {}, name: str = "") -> list[Job]:
+    """The jobs of a suite, all cells of the first seed first. `params` hold for every cell (a
+    cell's own count more); `cells` chooses some.
 
-    Raises `ConfigError` for an unknown suite or cell, a wrong parameter, or two cells that are the same run under this preset."""
-    if suite not in SUITES: raise ConfigError(f"suite: there is no {suite!r}{_nearest(suite, SUITES)}; allowed: {', '.join(SUITES)}")
+    Raises `ConfigError` for an unknown suite or cell, a wrong parameter, or two cells that are the
+    same run under this preset."""
+    if suite not in SUITES:
+        raise ConfigError(f"suite: there is no {suite!r}{_nearest(suite, SUITES)}; allowed: "
+            f"{', '.join(SUITES)}")
     described = SUITES[suite]
     for cell in cells:
-        if cell not in described.cells: raise ConfigError(f"cells: {suite} has no {cell!r}{_nearest(cell, described.cells)}; allowed: {', '.join(described.cells)}")
-    if not seeds: raise ConfigError("seeds: none given; allowed: a number of seeds, or a list of them")
+        if cell not in described.cells:
+            raise ConfigError(f"cells: {suite} has no {cell!r}{_nearest(cell, described.cells)}; "
+                f"allowed: {', '.join(described.cells)}")
+    if not seeds:
+        raise ConfigError("seeds: none given; allowed: a number of seeds, or a list of them")
     place = name or (suite if preset == PRESET else f"{suite}+{preset}")
     jobs, digests = [], {}
     for seed in seeds:
         for cell in cells or described.cells:
             spec = described.cells[cell]
             own, after = (spec.fixed, spec) if isinstance(spec, After) else (spec, None)
-            job = Job(suite, cell, seed, {"preset": preset, "save_student": False, **params, **own, "seed": seed, "run_name": f"{place}/{cell}/seed{seed}"}, after)
+            job = Job(suite, cell, seed, {"preset": preset, "save_student": False, **params, **own,
+                    "seed": seed, "run_name": f"{place}/{cell}/seed{seed}"}, after)
             config = resolve(job.params)
             same = digests.setdefault((seed, config.digest), cell) if after is None else cell
-            if same != cell: raise ConfigError(f"suite {suite}: cells {same!r} and {cell!r} are the same run under preset {preset} with these parameters")
+            if same != cell:
+                raise ConfigError(f"suite {suite}: cells {same!r} and {cell!r} are the same run "
+                    f"under preset {preset} with these parameters")
             jobs.append(job)
     return jobs
 
 # %% ../../nbs/41_jobs.ipynb #bf595a7c
 def lock_of(folder: Path) -> FileLock:
-    "The lock of a run's folder, beside it; the system takes it away from a process that ends, however it ends."
+    """The lock of a run's folder, beside it; the system takes it away from a process that ends,
+    however it ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(folder.parent/f".{folder.name}.lock")
 
@@ -89,43 +105,56 @@ def state(job: Job) -> str:
     if not record.is_file(): return "failed" if (folder/"error.json").is_file() else "missing"
     if job.after is None or finished(job.beside(job.after.cell)):
         try: same = resolve(job.known().params).digest in recorded_digests(folder)
-        except Exception: return "failed" if (folder/"error.json").is_file() else "changed"     # the run beside it is not what it was
+        # the run beside it is not what it was
+        except Exception: return "failed" if (folder/"error.json").is_file() else "changed"
         if not same: return "changed"
     if finished(folder): return "finished"
     return "failed" if (folder/"error.json").is_file() else "begun"
 
 # %% ../../nbs/41_jobs.ipynb #fbd14446
 def run_cell(params: dict, overwrite: bool = False) -> str:
-    "Execute the training notebook with `params` in this process's kernel: finished, failed, or running, if another process is at it. Raises `ConfigError`."
+    """Execute the training notebook with `params` in this process's kernel: finished, failed, or
+    running, if another process is at it. Raises `ConfigError`."""
     from papermill import PapermillExecutionError, execute_notebook
     folder = run_folder(resolve(params))
     try: lock = lock_of(folder).acquire(timeout=0)
     except Timeout: return "running"
     with lock:
-        open_run(resolve(params, overwrite=overwrite and resolve(params).digest not in recorded_digests(folder)))
+        open_run(resolve(params, overwrite=overwrite
+                and resolve(params).digest not in recorded_digests(folder)))
         if finished(folder): return "finished"
         (folder/"error.json").unlink(missing_ok=True)
         if take_over(resolve(params)): return "finished"
-        try: execute_whole(folder, lambda source, target: execute_notebook(source, target, parameters=params, progress_bar=False))
-        except PapermillExecutionError as e: return record_failure(folder, params, f"{e.ename}: {e.evalue}", "\n".join(e.traceback))
-        except Exception as e: return record_failure(folder, params, f"{type(e).__name__}: {e}", traceback.format_exc())     # the kernel died, the disk is full
+        try:
+            execute_whole(folder, lambda source,
+                target: execute_notebook(source, target, parameters=params, progress_bar=False))
+        except PapermillExecutionError as e:
+            return record_failure(folder, params, f"{e.ename}: {e.evalue}", "\n".join(e.traceback))
+        # the kernel died, the disk is full
+        except Exception as e:
+            return record_failure(folder, params, f"{type(e).__name__}: {e}",
+                traceback.format_exc())
         return "finished"
 
 def record_failure(folder: Path, params: dict, error: str, trace: str) -> str:
     "Write error.json; failed."
     def plain(text):    # without IPython's colours and without folders of this machine
-        for place, name in ((project_root(), "."), (sys.prefix, "python"), (Path.home(), "~")): text = text.replace(str(place), name)
+        for place, name in ((project_root(), "."), (sys.prefix, "python"), (Path.home(), "~")):
+            text = text.replace(str(place), name)
         return re.sub(r"\x1b\[[0-9;]*m", "", text)
-    write_json(folder/"error.json", {"error": plain(error), "traceback": plain(trace), "params": params})
+    write_json(folder/"error.json", {"error": plain(error), "traceback": plain(trace),
+            "params": params})
     return "failed"
 
 # %% ../../nbs/41_jobs.ipynb #2e188154
 def finished_runs(root: Path, seed: int | str = "*") -> dict[str, Path]:
     "The finished runs of all suites in `root`, with one seed or all, by digest."
-    return {digest: done.parent for done in sorted(root.glob(f"*/*/seed{seed}/metrics.json"), reverse=True) for digest in recorded_digests(done.parent)}
+    return {digest: done.parent for done in sorted(root.glob(f"*/*/seed{seed}/metrics.json"),
+            reverse=True) for digest in recorded_digests(done.parent)}
 
 def take_over(config: RunConfig) -> bool:
-    "Whether this run is finished under another name, and its results are copied now; metrics.json last."
+    """Whether this run is finished under another name, and its results are copied now; metrics.json
+    last."""
     root, folder = runs_root(config.runs_dir), run_folder(config)
     source = finished_runs(root, config.seed).get(config.digest)
     if source is None or config.save_student: return False
@@ -133,5 +162,6 @@ def take_over(config: RunConfig) -> bool:
         if (source/name).is_file(): write_atomic(folder/name, (source/name).read_text())
     metrics = json.loads((source/"metrics.json").read_text())
     name, first = run_name(config), source.relative_to(root).as_posix()
-    write_json(folder/"metrics.json", {"taken_from": first, **metrics, "run_name": name, "config": {**metrics.get("config", {}), "run_name": name}})
+    write_json(folder/"metrics.json", {"taken_from": first, **metrics, "run_name": name,
+            "config": {**metrics.get("config", {}), "run_name": name}})
     return True

@@ -22,30 +22,43 @@ from mgsr_nb.study.figures import (
 from .findings import _listed, _size
 
 # %% ../../nbs/50_pages.ipynb #8ab3ffe7
-RECORDED = {"config": {"preset": "preset {}", "teacher": "teacher {}", "teacher_sft_steps": "{} steps of SFT on it", "student": "student {}", "student_layers": "with {} layers", "data": "data {}", "max_steps": "{} steps",
-                       "batch_size": "of {} texts", "max_new_tokens": "answers of at most {} tokens", "eval_seeds": "generation seeds {}"},
-            "machine": {"device_type": "{}", "threads": "{} threads", "precision": "precision {}", "torch": "torch {}"}}
+RECORDED = {"config": {"preset": "preset {}", "teacher": "teacher {}",
+        "teacher_sft_steps": "{} steps of SFT on it", "student": "student {}",
+        "student_layers": "with {} layers", "data": "data {}", "max_steps": "{} steps",
+                       "batch_size": "of {} texts",
+                       "max_new_tokens": "answers of at most {} tokens",
+                       "eval_seeds": "generation seeds {}"},
+            "machine": {"device_type": "{}", "threads": "{} threads", "precision": "precision {}",
+                "torch": "torch {}"}}
 
 def setting(results: Results, suite: str) -> str:
     "What a suite's runs have in common, as they record it; where they differ, all values."
     metrics = [r.metrics for r in results.runs if r.suite == suite and r.usable]
-    def values(part, key): return sorted({str(m[part][key]) for m in metrics if key in m.get(part, {})})
-    said = [text.format(_listed(found)) for part, keys in RECORDED.items() for key, text in keys.items() if (found := values(part, key))]
+    def values(part, key):
+        return sorted({str(m[part][key]) for m in metrics if key in m.get(part, {})})
+    said = [text.format(_listed(found)) for part, keys in RECORDED.items()
+        for key, text in keys.items() if (found := values(part, key))]
     return f"Recorded: {', '.join(said)}." if said else ""
 
 def notes(results: Results, suite: str) -> list[str]:
     "Warnings about the data that the runs recorded, each once."
-    return list(dict.fromkeys(n for r in results.runs if r.suite == suite and r.usable for n in r.metrics.get("data", {}).get("notes", [])))
+    return list(dict.fromkeys(n for r in results.runs if r.suite == suite and r.usable
+            for n in r.metrics.get("data", {}).get("notes", [])))
 
 def gaps(results: Results, suite: str) -> str:
-    "Failed, unfinished and missing cells, and seeds that are too few; empty if there is nothing to say."
+    """Failed, unfinished and missing cells, and seeds that are too few; empty if there is nothing
+    to say."""
     runs, described = [r for r in results.runs if r.suite == suite], results.described(suite)
-    failed = [f"**Failed:** `{r.cell}`, seed {r.seed}: {r.error.strip().splitlines()[0][:300]}" for r in runs if r.error]
+    failed = [f"**Failed:** `{r.cell}`, seed {r.seed}: {r.error.strip().splitlines()[0][:300]}"
+        for r in runs if r.error]
     begun = [f"`{r.cell}` seed {r.seed}" for r in runs if not r.error and r.metrics is None]
     missing = [f"`{c}`" for c in described.cells if c not in {r.cell for r in runs}]
     few = sorted({len(v) for v in results.cells(suite).values()})
-    lines = failed + ([f"Begun, not finished: {_listed(begun)}."] if begun else []) + ([f"Not run: {_listed(missing)}."] if missing else [])
-    if few and few[0] == 1: lines.append("**A single training seed** (in some cells, at least): there is no spread over seeds, the intervals are over prompts only, and nothing can be resolved.")
+    lines = (failed + ([f"Begun, not finished: {_listed(begun)}."] if begun else [])
+        + ([f"Not run: {_listed(missing)}."] if missing else []))
+    if few and few[0] == 1:
+        lines.append("**A single training seed** (in some cells, at least): there is no spread "
+            "over seeds, the intervals are over prompts only, and nothing can be resolved.")
     return "\n\n".join(lines)
 
 # %% ../../nbs/50_pages.ipynb #50110d4e
@@ -53,29 +66,52 @@ def suite_markdown(results: Results, suite: str) -> str:
     "All that the report says about a suite, without its figures."
     described = results.described(suite)
     if not results.cells(suite):
-        return "\n\n".join(p for p in (described.question, f"**Not run yet:** `mgsr-ablate {suite.split('+')[0]}`.", gaps(results, suite) if suite in results.names else "") if p)
-    effects, claims, scores = suite_effects(results, suite), suite_claims(results, suite), suite_scores(results, suite)
+        return "\n\n".join(p for p in (described.question,
+                f"**Not run yet:** `mgsr-ablate {suite.split('+')[0]}`.",
+                gaps(results, suite) if suite in results.names else "") if p)
+    effects = suite_effects(results, suite)
+    claims = suite_claims(results, suite)
+    scores = suite_scores(results, suite)
     overall = scores["where"].isin(("test", "validation"))
-    parts = [f"*{described.question}* {_size(results, suite)}." if described.question else f"{_size(results, suite)}.", setting(results, suite), *(f"**Note:** {n}." for n in notes(results, suite)), gaps(results, suite),
-             "Mean ± sd over the training seeds, and the 95 % interval over prompts and seeds. NLL and KL: lower is better.", score_table(scores[overall], described.reference),
+    parts = [f"*{described.question}* {_size(results, suite)}." if described.question
+        else f"{_size(results, suite)}.", setting(results, suite),
+        *(f"**Note:** {n}." for n in notes(results, suite)), gaps(results, suite),
+             "Mean ± sd over the training seeds, and the 95 % interval over prompts and seeds. "
+             "NLL and KL: lower is better.", score_table(scores[overall], described.reference),
              "ROUGE-L on each set:", score_table(scores[~overall], described.reference)]
-    if seen := diagnostics_table(diagnostics(results, suite)): parts += ["For no verdict: the answers, and what happened in training (mean over sets, steps and seeds; shares of 100 % in every cell are left out; gain: by how much the teacher finds the text behind a correction likelier than what stood there):", seen]
-    if len(effects): parts += [f"How much better than `{described.reference}`, paired by seed and prompt (positive is better in every column):", effect_table(effects),
-                           sensitivity(results, suite, {f"`{c}`": (c, described.reference) for c in dict.fromkeys(effects.cell)})]
-    if len(claims): parts += [f"What the paper claims ({len(claims)} claim{'s' * (len(claims) > 1)} tested here), and what these runs say:", claim_table(claims)]
+    if seen := diagnostics_table(diagnostics(results, suite)):
+        parts += ["For no verdict: the answers, and what happened in training (mean over sets, "
+            "steps and seeds; shares of 100 % in every cell are left out; gain: by how much the "
+            "teacher finds the text behind a correction likelier than what stood there):", seen]
+    if len(effects):
+        parts += [f"How much better than `{described.reference}`, paired by seed and prompt "
+            "(positive is better in every column):", effect_table(effects),
+                           sensitivity(results, suite,
+                               {f"`{c}`": (c, described.reference)
+                                   for c in dict.fromkeys(effects.cell)})]
+    if len(claims):
+        parts += [f"What the paper claims ({len(claims)} claim{'s' * (len(claims) > 1)} tested "
+            "here), and what these runs say:", claim_table(claims)]
     return "\n\n".join(p for p in parts if p)
 
 # %% ../../nbs/50_pages.ipynb #793b3b86
-LIMITS_SHOWN = ("fixed_clipping", "f_sub")     # the suites whose cells change what is learned about the limits
+# the suites whose cells change what is learned about the limits
+LIMITS_SHOWN = ("fixed_clipping", "f_sub")
 
 def suite_figures(results: Results, suite: str) -> list[Figure]:
-    "Effects, the grid of the weights, learning curves, learned limits, and cost; those that the runs of the suite allow."
+    """Effects, the grid of the weights, learning curves, learned limits, and cost; those that the
+    runs of the suite allow."""
     if not results.cells(suite): return []
-    effects, log, kind = suite_effects(results, suite), suite_logs(results, suite), suite.split("+")[0]
+    effects = suite_effects(results, suite)
+    log = suite_logs(results, suite)
+    kind = suite.split("+")[0]
     found = [effect_plot(effects, results.described(suite).reference)] if len(effects) else []
     if kind == "loss_weights": found.append(weight_heatmap(weight_grid(results, suite)))
-    if "validation_nll" in log: found.append(learning_curves(log, results.described(suite).reference))
-    if kind in LIMITS_SHOWN and "clip_upper" in log and ((log["clip"] == "learned") & log.clip_upper.notna()).any(): found.append(limits_plot(log))
+    if "validation_nll" in log:
+        found.append(learning_curves(log, results.described(suite).reference))
+    if (kind in LIMITS_SHOWN and "clip_upper" in log
+            and ((log["clip"] == "learned") & log.clip_upper.notna()).any()):
+        found.append(limits_plot(log))
     return found + [cost_plot(costs(results, suite))]
 
 def pictured(figure: Figure):
@@ -87,22 +123,28 @@ def show_suite(results: Results, suite: str) -> None:
     "Display a suite's text and figures in a notebook."
     from IPython.display import Markdown, display
     figures = suite_figures(results, suite)
-    said = [Markdown("In the figures: a bar is a 95 % interval, a dot one training seed. In the grid of the weights darker is better.")] if figures else []
+    said = ([Markdown("In the figures: a bar is a 95 % interval, a dot one training seed. In the "
+                "grid of the weights darker is better.")] if figures else [])
     display(Markdown(suite_markdown(results, suite)), *said, *map(pictured, figures))
 
 # %% ../../nbs/50_pages.ipynb #6b6c64a2
 def compare(first: str | Path, second: str | Path) -> pd.DataFrame:
-    """The test scores of two finished runs, given by their folders, and how much better the second one is, with the 95 % interval over prompts.
+    """The test scores of two finished runs, given by their folders, and how much better the second
+    one is, with the 95 % interval over prompts.
 
-    Raises `ValueError` if one is not finished, or if they were not evaluated on the same prompts."""
+    Raises `ValueError` if one is not finished, or if they were not evaluated on the same prompts.
+    """
     runs = []
     for folder in map(Path, (first, second)):
-        if not (folder/"metrics.json").is_file(): raise ValueError(f"{folder}: no finished run, there is no metrics.json in it")
+        if not (folder/"metrics.json").is_file():
+            raise ValueError(f"{folder}: no finished run, there is no metrics.json in it")
         metrics = json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
         if wrong := _what_is_missing(metrics): raise ValueError(f"{folder}: {wrong}")
-        runs.append(Run("", folder.name, 0, folder, metrics))      # one seed, whatever it was: the pair is one
+        # one seed, whatever it was: the pair is one
+        runs.append(Run("", folder.name, 0, folder, metrics))
     rows = {}
     for metric, m in METRICS.items():
         scores = [_number(run_score(r, metric), m.digits) for r in runs]
-        rows[f"{m.label}, {m.unit}"] = [*scores, _interval(estimate(better_by([runs[1]], [runs[0]], metric)), metric)]
+        rows[f"{m.label}, {m.unit}"] = [*scores,
+            _interval(estimate(better_by([runs[1]], [runs[0]], metric)), metric)]
     return pd.DataFrame(rows, index=[*(r.cell for r in runs), "better by"]).T

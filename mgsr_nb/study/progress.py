@@ -15,22 +15,31 @@ from .jobs import Job, finished_runs, state
 
 # %% ../../nbs/42_progress.ipynb #e4c48d17
 def plan(jobs: Sequence[Job]) -> pd.DataFrame:
-    "Of each job its state, steps done, and seconds, which for those finished, here or elsewhere, are those of training and evaluation."
+    """Of each job its state, steps done, and seconds, which for those finished, here or elsewhere,
+    are those of training and evaluation."""
     rows, there = [], finished_runs(runs_root(resolve(jobs[0].params).runs_dir)) if jobs else {}
     for job in jobs:
         now, done, log = state(job), job.folder, job.folder/"log.csv"
-        if now == "missing" and job.after is None and (source := there.get(resolve(job.params).digest)): now, done = "elsewhere", source
-        seconds = json.loads((done/"metrics.json").read_text())["seconds"] if now in ("finished", "elsewhere") else {}
+        if (now == "missing" and job.after is None
+                and (source := there.get(resolve(job.params).digest))):
+            now, done = "elsewhere", source
+        seconds = (json.loads((done/"metrics.json").read_text())["seconds"]
+            if now in ("finished", "elsewhere") else {})
         seconds.pop("preparation", None)        # mostly what the cells share
         steps = int(pd.read_csv(log).step.max()) if log.is_file() and now != "changed" else 0
-        rows.append({"job": job.name, "state": now, "step": f"{steps}/{resolve(job.params).max_steps}", "seconds": round(sum(seconds.values())) if seconds else None})
+        rows.append({"job": job.name, "state": now,
+                "step": f"{steps}/{resolve(job.params).max_steps}",
+                "seconds": round(sum(seconds.values())) if seconds else None})
     return pd.DataFrame(rows)
 
 def time_left(table: pd.DataFrame, slots: int) -> Optional[float]:
-    "Seconds that the jobs which are not finished or failed should take, by the median of the finished ones; None before the first."
+    """Seconds that the jobs which are not finished or failed should take, by the median of the
+    finished ones; None before the first."""
     known = table.seconds.dropna()
-    return None if known.empty else float(known.median() * (~table.state.isin(["finished", "failed", "elsewhere"])).sum() / slots)
+    return (None if known.empty else float(known.median()
+            * (~table.state.isin(["finished", "failed", "elsewhere"])).sum() / slots))
 
 def clock(seconds: Optional[float]) -> str:
     "Hours and minutes, for people."
-    return "unknown, until a cell is finished" if seconds is None else f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02} h"
+    return ("unknown, until a cell is finished" if seconds is None
+        else f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02} h")

@@ -19,7 +19,8 @@ from ..run.folder import runs_root
 # %% ../../nbs/45_records.ipynb #1539ee02
 @dataclass(frozen=True)
 class Run:
-    "A run of a suite: its `metrics`, or why it has none that can be used (`error`); neither, if it has not ended."
+    """A run of a suite: its `metrics`, or why it has none that can be used (`error`); neither, if
+    it has not ended."""
     suite: str
     cell: str
     seed: int
@@ -38,8 +39,11 @@ def read_run(folder: Path) -> Run:
         if (folder/"metrics.json").is_file():
             metrics = json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
             return Run(*named, metrics, _what_is_missing(metrics))
-        if (folder/"error.json").is_file(): return Run(*named, None, json.loads((folder/"error.json").read_text(encoding="utf-8"))["error"])
-    except (ValueError, KeyError) as e: return Run(*named, None, f"cannot be read: {type(e).__name__}: {e}")
+        if (folder/"error.json").is_file():
+            return Run(*named, None, json.loads((folder/"error.json").read_text(encoding="utf-8"))[
+                    "error"])
+    except (ValueError, KeyError) as e:
+        return Run(*named, None, f"cannot be read: {type(e).__name__}: {e}")
     return Run(*named)
 
 def _what_is_missing(metrics: dict) -> str:
@@ -47,8 +51,10 @@ def _what_is_missing(metrics: dict) -> str:
     student = metrics.get("student", {})
     if not student.get("test"): return "metrics.json has no test sets"
     for name, found in {"validation": student.get("validation", {}), **student["test"]}.items():
-        for key in ("nll_per_prompt", "kl_per_prompt", "tokens_per_prompt", *(["rouge_l_per_prompt"] if name != "validation" else [])):
-            if key not in found: return f"metrics.json has no {key} of {name}: it was made by an older version"
+        for key in ("nll_per_prompt", "kl_per_prompt", "tokens_per_prompt",
+                *(["rouge_l_per_prompt"] if name != "validation" else [])):
+            if key not in found:
+                return f"metrics.json has no {key} of {name}: it was made by an older version"
     return ""
 
 def weights_of(run: Run) -> tuple[float, float]:
@@ -70,8 +76,10 @@ class Results:
     "All `runs` below a folder, and the `suites` {name: Suite} that say what they are."
     def __init__(self, runs: Sequence[Run], suites: dict):
         self.suites, self.compared = suites, {}          # what `paired` found already
-        self.names = sorted({r.suite for r in runs}, key=lambda n: (_place(n.split("+")[0], suites), n))
-        place = lambda r: (self.names.index(r.suite), _place(r.cell, self.described(r.suite, runs).cells), r.cell, r.seed)
+        self.names = sorted({r.suite for r in runs},
+            key=lambda n: (_place(n.split("+")[0], suites), n))
+        place = lambda r: (self.names.index(r.suite),
+            _place(r.cell, self.described(r.suite, runs).cells), r.cell, r.seed)
         self.runs = sorted(runs, key=place)
 
     def described(self, name: str, runs: Optional[Sequence[Run]] = None):
@@ -98,51 +106,73 @@ def _place(name: str, known) -> int: return list(known).index(name) if name in k
 
 # %% ../../nbs/45_records.ipynb #9dd222b0
 def read_results(runs_dir: str | Path = "runs", suites: Optional[dict] = None) -> Results:
-    "What lies below `runs_dir`; a relative path starts at the project's root. `suites`: {name: Suite}, by default those of notebook 40."
+    """What lies below `runs_dir`; a relative path starts at the project's root.
+
+    `suites`: {name: Suite}, by default those of notebook 40."""
     if suites is None: from mgsr_nb.study.suites import SUITES as suites
-    folders = [p for p in runs_root(runs_dir).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name) and p.is_dir() and p.parts[-3] not in NO_SUITES]
-    return Results(by_one_teacher(in_one_precision(on_the_same_prompts([read_run(p) for p in sorted(folders)]))), suites)
+    folders = [p for p in runs_root(runs_dir).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name)
+        and p.is_dir() and p.parts[-3] not in NO_SUITES]
+    return Results(by_one_teacher(in_one_precision(on_the_same_prompts([read_run(p)
+                        for p in sorted(folders)]))), suites)
 
 def _prompts(run: Run) -> str:
     "What tells the prompts of two usable runs apart: the tokens of every reference."
     scores = run.metrics["student"]
-    return str([(s, x["tokens_per_prompt"]) for s, x in (("validation", scores["validation"]), *scores["test"].items())])
+    return str([(s, x["tokens_per_prompt"]) for s, x in (("validation", scores["validation"]),
+                *scores["test"].items())])
 
 def on_the_same_prompts(runs: Sequence[Run]) -> list[Run]:
-    "The runs; those that were evaluated on other prompts than most of their suite get an error that says so."
+    """The runs; those that were evaluated on other prompts than most of their suite get an error
+    that says so."""
     of = lambda r: (r.suite, _prompts(r))
     count = Counter(of(r) for r in runs if r.usable)
     most = {suite: n for (suite, _), n in sorted(count.items(), key=lambda item: item[1])}
-    return [replace(r, error="evaluated on other prompts than most of its suite") if r.usable and count[of(r)] < most[r.suite] else r for r in runs]
+    return [replace(r, error="evaluated on other prompts than most of its suite") if r.usable
+        and count[of(r)] < most[r.suite] else r for r in runs]
 
 def in_one_precision(runs: Sequence[Run]) -> list[Run]:
-    "The runs; those with precision auto that computed in another precision than most such runs of their suite, on another machine perhaps, get an error that says so."
-    auto, of = (lambda r: r.usable and r.metrics["config"].get("precision") == "auto"), lambda r: r.metrics["machine"].get("precision")
-    most = {suite: n for (suite, n), _ in sorted(Counter((r.suite, of(r)) for r in runs if auto(r)).items(), key=lambda item: item[1])}
-    return [replace(r, error=f"it computed in {of(r)}, most of its suite in {most[r.suite]}: run it again with -p precision {most[r.suite]}") if auto(r) and of(r) != most[r.suite] else r for r in runs]
+    """The runs; those with precision auto that computed in another precision than most such runs of
+    their suite, on another machine perhaps, get an error that says so."""
+    auto = lambda r: r.usable and r.metrics["config"].get("precision") == "auto"
+    of = lambda r: r.metrics["machine"].get("precision")
+    most = {suite: n for (suite, n), _ in sorted(Counter((r.suite, of(r))
+                for r in runs if auto(r)).items(), key=lambda item: item[1])}
+    return [replace(r, error=f"it computed in {of(r)}, most of its suite in {most[r.suite]}: run "
+            f"it again with -p precision {most[r.suite]}") if auto(r) and of(r) != most[r.suite]
+        else r for r in runs]
 
-TEACHERS = ("teacher", "teacher_sft_steps", "data", "template", "max_prompt_tokens", "max_tokens", "max_train_examples", "batch_size", "learning_rate", "warmup_steps", "weight_decay",
-            "max_grad_norm", "lora_rank", "frozen_precision")      # parameters that make the tuned teacher
+# parameters that make the tuned teacher
+TEACHERS = ("teacher", "teacher_sft_steps", "data", "template", "max_prompt_tokens", "max_tokens",
+    "max_train_examples", "batch_size", "learning_rate", "warmup_steps", "weight_decay",
+            "max_grad_norm", "lora_rank", "frozen_precision")
 
 def by_one_teacher(runs: Sequence[Run]) -> list[Run]:
-    "The runs; those whose teacher is not that of most runs with its settings, by its test NLL to 0.001 nats, get an error that says so: tuned again on another machine, it is another teacher."
-    of = lambda r: (r.suite, str([r.metrics["config"].get(k) for k in TEACHERS]), r.metrics["machine"].get("precision"))
+    """The runs; those whose teacher is not that of most runs with its settings, by its test NLL to
+    0.001 nats, get an error that says so: tuned again on another machine, it is another teacher."""
+    of = lambda r: (r.suite, str([r.metrics["config"].get(k) for k in TEACHERS]),
+        r.metrics["machine"].get("precision"))
     nll = lambda r: r.metrics["teacher"]["average"]["nll"]
     groups = {}
     for r in runs:
         if r.usable: groups.setdefault(of(r), []).append(nll(r))
-    return [replace(r, error="its teacher is not that of most of its suite: it was tuned again, on another machine perhaps") if r.usable and abs(nll(r) - np.median(groups[of(r)])) > 1e-3 else r for r in runs]
+    return [replace(r, error="its teacher is not that of most of its suite: it was tuned again, on "
+            "another machine perhaps") if r.usable and abs(nll(r) - np.median(groups[of(r)])) > 1e-3
+        else r for r in runs]
 
 # %% ../../nbs/45_records.ipynb #a691883c
-def write_toy_run(runs_dir: Path, suite: str, cell: str, seed: int, sets: dict[str, dict[str, list[float]]], **more) -> Path:
-    """A run's folder with a metrics.json of given scores: {set: {"nll": [...], "kl": [...], "rouge_l": [...], "tokens": [...]}}, one number a prompt. For examples and tests.
+def write_toy_run(runs_dir: Path, suite: str, cell: str, seed: int,
+        sets: dict[str, dict[str, list[float]]], **more) -> Path:
+    """A run's folder with a metrics.json of given scores: {set: {"nll": [...], "kl": [...],
+    "rouge_l": [...], "tokens": [...]}}, one number a prompt. For examples and tests.
 
     `more`: further entries of metrics.json. The validation scores are those of the first set."""
     test = {name: _toy_set(**scores) for name, scores in sets.items()}
     average = {m: float(np.mean([t[m] for t in test.values()])) for m in ("nll", "kl", "rouge_l")}
     validation = {k: v for k, v in next(iter(test.values())).items() if not k.startswith("rouge")}
     scores = {"validation": validation, "test": test, "average": average}
-    metrics = {"digest": "0" * 16, "config": {}, "machine": {}, "data": {"notes": []}, "student_start": scores, "student": scores, "teacher": {**scores, "average": {"nll": 2.0, "kl": 0.0, "rouge_l": 30.0}},
+    metrics = {"digest": "0" * 16, "config": {}, "machine": {}, "data": {"notes": []},
+        "student_start": scores, "student": scores,
+        "teacher": {**scores, "average": {"nll": 2.0, "kl": 0.0, "rouge_l": 30.0}},
                "seconds": {"preparation": 1.0, "training": 60.0, "evaluation": 10.0}} | more
     folder = Path(runs_dir)/suite/cell/f"seed{seed}"
     write_json(folder/"metrics.json", metrics)
@@ -150,5 +180,7 @@ def write_toy_run(runs_dir: Path, suite: str, cell: str, seed: int, sets: dict[s
 
 def _toy_set(nll, kl, rouge_l, tokens) -> dict:
     mean = lambda values: float(np.average(values, weights=tokens))
-    return {"nll": mean(nll), "kl": mean(kl), "tokens": sum(tokens), "rouge_l": float(np.mean(rouge_l)), "prompts": len(nll),
-            "nll_per_prompt": nll, "kl_per_prompt": kl, "rouge_l_per_prompt": rouge_l, "tokens_per_prompt": tokens}
+    return {"nll": mean(nll), "kl": mean(kl), "tokens": sum(tokens),
+        "rouge_l": float(np.mean(rouge_l)), "prompts": len(nll),
+            "nll_per_prompt": nll, "kl_per_prompt": kl, "rouge_l_per_prompt": rouge_l,
+            "tokens_per_prompt": tokens}

@@ -20,11 +20,20 @@ from .engines import Processes, RayTasks, visible_devices
 
 # %% ../../nbs/44_runner.ipynb #c773fb43
 class Sweep:
-    "Runs `jobs` by `engine`, `slots` at a time; `report(job, state, seconds)` hears of each end. After `run`, `states` has the state of every job by name."
-    def __init__(self, jobs: Sequence[Job], engine: Callable, slots: int, report: Callable = lambda job, state, seconds: None, retry: bool = False, pause: float = 5.):
-        self.jobs, self.engine, self.slots, self.report, self.pause = list(jobs), engine, slots, report, pause
+    """Runs `jobs` by `engine`, `slots` at a time; `report(job, state, seconds)` hears of each end.
+
+    After `run`, `states` has the state of every job by name."""
+    def __init__(self, jobs: Sequence[Job], engine: Callable, slots: int,
+            report: Callable = lambda job, state, seconds: None, retry: bool = False,
+            pause: float = 5.):
+        self.jobs = list(jobs)
+        self.engine = engine
+        self.slots = slots
+        self.report = report
+        self.pause = pause
         self.states = {j.name: state(j) for j in self.jobs}
-        if retry: self.states = {n: "missing" if s == "failed" else s for n, s in self.states.items()}
+        if retry:
+            self.states = {n: "missing" if s == "failed" else s for n, s in self.states.items()}
 
     def run(self) -> dict[str, str]:
         "The final states: finished or failed."
@@ -36,7 +45,10 @@ class Sweep:
                     for job in self.ready(todo)[:self.slots - len(working)]:
                         todo.remove(job)
                         working[pool.submit(self.timed, job)] = job
-                    if not working: time.sleep(self.pause); continue        # all that is left is in other hands
+                    # all that is left is in other hands
+                    if not working:
+                        time.sleep(self.pause)
+                        continue
                     done, _ = wait(working, timeout=self.pause, return_when=FIRST_COMPLETED)
                     for future in done: self.take(working.pop(future), future, todo)
             except BaseException:       # Ctrl-C, or a mistake of ours: no cell goes on alone
@@ -48,29 +60,38 @@ class Sweep:
         begin = time.perf_counter()
         try: job = job.known()
         except Exception as e:
-            return record_failure(job.folder, job.params, f"no parameters from {job.after.cell}: {type(e).__name__}: {e}", traceback.format_exc()), 0.
+            return record_failure(job.folder, job.params,
+                f"no parameters from {job.after.cell}: {type(e).__name__}: {e}",
+                traceback.format_exc()), 0.
         return self.engine(job), time.perf_counter() - begin
 
     def ready(self, todo: list[Job]) -> list[Job]:
-        "Jobs that can start: nobody is at them, and what they wait for is finished. One whose source failed fails here."
+        """Jobs that can start: nobody is at them, and what they wait for is finished.
+
+        One whose source failed fails here."""
         found = []
         for job in list(todo):
             source = self.source(job)
             if source == "failed":
-                record_failure(job.folder, job.params, f"{job.cell} takes its parameters from {job.after.cell}, which failed or was not run", "")
-                todo.remove(job); self.end(job, "failed", 0.)
+                record_failure(job.folder, job.params, f"{job.cell} takes its parameters from "
+                    f"{job.after.cell}, which failed or was not run", "")
+                todo.remove(job)
+                self.end(job, "failed", 0.)
             elif source == "finished" and not locked(job.folder): found.append(job)
         return found
 
     def source(self, job: Job) -> str:
-        "finished (or nothing to wait for), failed, or something in between: the cell that the job takes its parameters from."
+        """finished (or nothing to wait for), failed, or something in between: the cell that the job
+        takes its parameters from."""
         if job.after is None or finished(job.beside(job.after.cell)): return "finished"
         return self.states.get(f"{job.suite}/{job.after.cell}/seed{job.seed}", "failed")
 
     def take(self, job: Job, future, todo: list[Job]) -> None:
         "What became of a job: an end, or back to the list."
         found, seconds = future.result()
-        if found == "running": todo.append(job); self.states[job.name] = found
+        if found == "running":
+            todo.append(job)
+            self.states[job.name] = found
         else: self.end(job, found, seconds)
 
     def end(self, job: Job, found: str, seconds: float) -> None:
@@ -78,43 +99,60 @@ class Sweep:
         self.report(job, found, seconds)
 
 # %% ../../nbs/44_runner.ipynb #da76c69e
-def ablate(suite: str, seeds: int | Sequence[int] = 1, preset: str = PRESET, cells: Sequence[str] = (), params: dict = {}, name: str = "", jobs: int = 0,
-           engine: str = "process", dry_run: bool = False, retry_failed: bool = False, overwrite: bool = False, say: Callable = print) -> pd.DataFrame:
-    """Run a suite: every cell with every seed that is not finished yet; the table of `plan` afterwards. `seeds`: how many, or which.
+def ablate(suite: str, seeds: int | Sequence[int] = 1, preset: str = PRESET,
+        cells: Sequence[str] = (), params: dict = {}, name: str = "", jobs: int = 0,
+           engine: str = "process", dry_run: bool = False, retry_failed: bool = False,
+           overwrite: bool = False, say: Callable = print) -> pd.DataFrame:
+    """Run a suite: every cell with every seed that is not finished yet; the table of `plan`
+    afterwards. `seeds`: how many, or which.
 
-    `jobs`: cells at a time; 0: one for each GPU, or one. Failed cells are run again only with `retry_failed`, other runs in the same folders are replaced only
-    with `overwrite`. Raises `ConfigError` before anything starts."""
-    todo = jobs_of(suite, range(seeds) if isinstance(seeds, int) else seeds, preset, cells, params, name)
+    `jobs`: cells at a time; 0: one for each GPU, or one. Failed cells are run again only with
+    `retry_failed`, other runs in the same folders are replaced only with `overwrite`. Raises
+    `ConfigError` before anything starts."""
+    todo = jobs_of(suite, range(seeds) if isinstance(seeds, int) else seeds, preset, cells, params,
+        name)
     table = plan(todo)
     slots, devices = slots_of(jobs)
     shown = table.astype(object).where(table.notna(), "").to_string(index=False)
-    elsewhere = "; elsewhere: another suite has this run, which is copied" if (table.state == "elsewhere").any() else ""
-    say(f"{shown}\n{len(table)} jobs, {slots} at a time; left: {clock(time_left(table, slots))}{elsewhere}")
+    elsewhere = ("; elsewhere: another suite has this run, which is copied"
+        if (table.state == "elsewhere").any() else "")
+    say(f"{shown}\n{len(table)} jobs, {slots} at a time; left: "
+        f"{clock(time_left(table, slots))}{elsewhere}")
     changed = list(table[table.state == "changed"].job)
-    if changed and not overwrite: raise ConfigError(f"overwrite: {', '.join(changed)} hold runs with other parameters; allowed: another name, or overwrite")
+    if changed and not overwrite:
+        raise ConfigError(f"overwrite: {', '.join(changed)} hold runs with other parameters; "
+            "allowed: another name, or overwrite")
     if dry_run: return table
-    if engine not in ("process", "ray"): raise ConfigError(f"engine: got {engine!r}; allowed: process or ray")
+    if engine not in ("process", "ray"):
+        raise ConfigError(f"engine: got {engine!r}; allowed: process or ray")
     if engine == "process": check_precision(todo, table)
     if engine == "ray": run, slots = RayTasks(overwrite), jobs or len(todo)
     else: run = Processes(devices, threads_of(slots), overwrite)
     def report(job, found, seconds):
         now = plan(todo)
-        say(f"[{(now.state == 'finished').sum()}/{len(now)}] {job.name}: {found}, {seconds:.0f} s{result_of(job, found)}; left: {clock(time_left(now, slots))}")
+        say(f"[{(now.state == 'finished').sum()}/{len(now)}] {job.name}: {found}, {seconds:.0f} "
+            f"s{result_of(job, found)}; left: {clock(time_left(now, slots))}")
     Sweep(todo, run, slots, report, retry_failed).run()
     return plan(todo)
 
 def check_precision(jobs: Sequence[Job], table: pd.DataFrame) -> None:
-    "Raise `ConfigError` if `auto` means another precision here than it did for finished jobs of `table` (of `plan`) that others would be compared with."
-    asked = {resolve(j.params).precision for j, now in zip(jobs, table.state) if now not in ("finished", "failed", "elsewhere")}
+    """Raise `ConfigError` if `auto` means another precision here than it did for finished jobs of
+    `table` (of `plan`) that others would be compared with."""
+    asked = {resolve(j.params).precision for j, now in zip(jobs, table.state)
+        if now not in ("finished", "failed", "elsewhere")}
     was = {computed_in(j.folder) for j, now in zip(jobs, table.state) if now == "finished"} - {None}
     if "auto" not in asked or not was: return
     import torch
     from mgsr_nb.models import resolve_precision
     here = resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if here not in was: raise ConfigError(f"precision: the finished runs computed in {' and '.join(sorted(was))}, and auto is {here} on this machine; allowed: -p precision {sorted(was)[0]} to go on with them, or --name for a suite of its own")
+    if here not in was:
+        raise ConfigError(f"precision: the finished runs computed in {' and '.join(sorted(was))}, "
+            f"and auto is {here} on this machine; allowed: -p precision {sorted(was)[0]} to go "
+            "on with them, or --name for a suite of its own")
 
 def slots_of(jobs: int) -> tuple[int, list[Optional[int]]]:
-    "How many cells at a time, and the device of each slot: more slots than GPUs share them in turn."
+    """How many cells at a time, and the device of each slot: more slots than GPUs share them in
+    turn."""
     gpus = len(visible_devices())
     slots = jobs or max(gpus, 1)
     return slots, [i % gpus if gpus else None for i in range(slots)]
@@ -125,22 +163,30 @@ def threads_of(slots: int) -> int:
 
 def result_of(job: Job, found: str) -> str:
     "A few words on how a job ended."
-    if found == "failed": return ": " + json.loads((job.folder/"error.json").read_text())["error"].splitlines()[0][:200]
+    if found == "failed":
+        return (": " + json.loads((job.folder/"error.json").read_text())["error"]
+            .splitlines()[0][:200])
     if found != "finished": return ""
     end = json.loads((job.folder/"metrics.json").read_text())["student"]
-    return f"; test NLL {end['average']['nll']:.3f}, KL {end['average']['kl']:.3f}, ROUGE-L {end['average']['rouge_l']:.1f}"
+    return (f"; test NLL {end['average']['nll']:.3f}, KL {end['average']['kl']:.3f}, ROUGE-L "
+        f"{end['average']['rouge_l']:.1f}")
 
 # %% ../../nbs/44_runner.ipynb #511b5399
 def main(args: Optional[Sequence[str]] = None) -> None:
-    "Console script `mgsr-ablate`. Status 0: all jobs are finished; 1: some failed; 2: wrong parameters; 130: interrupted."
-    p = argparse.ArgumentParser("mgsr-ablate", description="Run a suite of ablation cells through nbs/train.ipynb; started again, it goes on.")
+    """Console script `mgsr-ablate`.
+
+    Status 0: all jobs are finished; 1: some failed; 2: wrong parameters; 130: interrupted."""
+    p = argparse.ArgumentParser("mgsr-ablate", description="Run a suite of ablation cells through "
+        "nbs/train.ipynb; started again, it goes on.")
     p.add_argument("suite", nargs="?", help=f"one of {', '.join(SUITES)}")
     p.add_argument("--seeds", default="1", help="how many training seeds, or which: 0,1,2")
     p.add_argument("--preset", default=PRESET, help=f"preset of all cells (default {PRESET})")
     p.add_argument("--cells", default="", help="only these, separated by semicolons")
-    p.add_argument("-p", dest="params", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter for all cells, as in mgsr-run")
+    p.add_argument("-p", dest="params", nargs=2, action="append", default=[],
+        metavar=("NAME", "VALUE"), help="a parameter for all cells, as in mgsr-run")
     p.add_argument("--name", default="", help="folder below runs_dir instead of the suite's")
-    p.add_argument("--jobs", type=int, default=0, help="cells at a time (default: one for each GPU, or one)")
+    p.add_argument("--jobs", type=int, default=0,
+        help="cells at a time (default: one for each GPU, or one)")
     p.add_argument("--engine", default="process", choices=["process", "ray"])
     p.add_argument("--dry-run", action="store_true", help="only show where every job stands")
     p.add_argument("--retry-failed", action="store_true")
@@ -148,17 +194,26 @@ def main(args: Optional[Sequence[str]] = None) -> None:
     o = p.parse_args(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that the cells are ended too
     try: table = ablate_by(o)
-    except ConfigError as e: print(f"mgsr-ablate: {e}", file=sys.stderr); sys.exit(2)
-    except KeyboardInterrupt: print("mgsr-ablate: interrupted; the same command goes on from here", file=sys.stderr); sys.exit(130)
+    except ConfigError as e:
+        print(f"mgsr-ablate: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("mgsr-ablate: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     failed = list(table[table.state == "failed"].job)
-    if failed: print(f"failed: {', '.join(failed)} (error.json in each folder says why; --retry-failed runs them again)", file=sys.stderr)
+    if failed:
+        print(f"failed: {', '.join(failed)} (error.json in each folder says why; --retry-failed "
+            "runs them again)", file=sys.stderr)
     if failed and not o.dry_run: sys.exit(1)
 
 def ablate_by(o: argparse.Namespace) -> pd.DataFrame:
     "`ablate` with the options of the command line."
     if o.suite is None: raise ConfigError(f"suite: none given; allowed: {', '.join(SUITES)}")
-    if not re.fullmatch(r"\d+(,\d+)*,?", o.seeds): raise ConfigError(f"seeds: got {o.seeds!r}; allowed: a number of seeds such as 3, or a list such as 0,1,2")
+    if not re.fullmatch(r"\d+(,\d+)*,?", o.seeds):
+        raise ConfigError(f"seeds: got {o.seeds!r}; allowed: a number of seeds such as 3, or a "
+            "list such as 0,1,2")
     seeds = [int(s) for s in o.seeds.split(",") if s] if "," in o.seeds else int(o.seeds)
     params = typed_parameters([x for pair in o.params for x in ("-p", *pair)]) if o.params else {}
-    return ablate(o.suite, seeds, o.preset, [c for c in o.cells.split(";") if c], params, o.name, o.jobs, o.engine, o.dry_run, o.retry_failed, o.overwrite,
+    return ablate(o.suite, seeds, o.preset, [c for c in o.cells.split(";") if c], params, o.name,
+        o.jobs, o.engine, o.dry_run, o.retry_failed, o.overwrite,
                   say=lambda text: print(text, flush=True))

@@ -16,37 +16,50 @@ from .records import Results, Run
 # %% ../../nbs/46_statistics.ipynb #d3a8783a
 @dataclass(frozen=True)
 class Metric:
-    "A metric's name in tables, its unit, whether more is better (1) or less (-1), and the digits to print."
+    """A metric's name in tables, its unit, whether more is better (1) or less (-1), and the digits
+    to print."""
     label: str
     unit: str
     better: int
     digits: int
 
-METRICS = {"nll": Metric("NLL", "nats a token", -1, 3), "kl": Metric("KL to the teacher", "nats a token", -1, 3), "rouge_l": Metric("ROUGE-L", "points", 1, 1)}
+METRICS = {"nll": Metric("NLL", "nats a token", -1, 3),
+    "kl": Metric("KL to the teacher", "nats a token", -1, 3),
+    "rouge_l": Metric("ROUGE-L", "points", 1, 1)}
 DECIDING = "nll"
 
 # %% ../../nbs/46_statistics.ipynb #9d394b54
 @dataclass(frozen=True)
 class Sample:
-    "One metric of one cell, or its difference between two: per set `values` (seeds, prompts), and the `weights` (prompts,) of the prompts, their tokens."
+    """One metric of one cell, or its difference between two: per set `values` (seeds, prompts), and
+    the `weights` (prompts,) of the prompts, their tokens."""
     seeds: tuple[int, ...]
     values: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
 
     def by_seed(self) -> np.ndarray:
-        "The score of each seed: the weighted mean over the prompts of a set, then the mean over the sets."
-        return np.mean([v @ self.weights[s] / self.weights[s].sum() for s, v in self.values.items()], axis=0)
+        """The score of each seed: the weighted mean over the prompts of a set, then the mean over
+        the sets."""
+        return np.mean([v @ self.weights[s] / self.weights[s].sum()
+                for s, v in self.values.items()], axis=0)
 
 WITHOUT = "without "
 
 def sample(runs: Sequence[Run], metric: str, where: str = "test", who: str = "student") -> Sample:
-    "The `metric` of runs of one cell on all test sets (`where` \"test\"), on \"validation\", on the test set of that name, or on all but one (\"without NAME\"). Raises `ValueError` if their prompts differ."
+    """The `metric` of runs of one cell on all test sets (`where` \"test\"), on \"validation\", on
+    the test set of that name, or on all but one (\"without NAME\"). Raises `ValueError` if their
+    prompts differ."""
     parts = [_parts(r.metrics[who], where) for r in runs]
-    weights = {s: np.array(p["tokens_per_prompt"] if metric != "rouge_l" else [1] * len(p["rouge_l_per_prompt"]), float) for s, p in parts[0].items()}
+    weights = {s: np.array(p["tokens_per_prompt"] if metric != "rouge_l"
+            else [1] * len(p["rouge_l_per_prompt"]), float) for s, p in parts[0].items()}
     tokens = lambda part: [(s, p["tokens_per_prompt"]) for s, p in part.items()]
     for r, part in zip(runs, parts):
-        if tokens(part) != tokens(parts[0]): raise ValueError(f"{r.folder} and {runs[0].folder} were not evaluated on the same prompts")
-    return Sample(tuple(r.seed for r in runs), {s: np.array([p[s][f"{metric}_per_prompt"] for p in parts], float) for s in weights}, weights)
+        if tokens(part) != tokens(parts[0]):
+            raise ValueError(
+                f"{r.folder} and {runs[0].folder} were not evaluated on the same prompts")
+    return Sample(tuple(r.seed for r in runs),
+        {s: np.array([p[s][f"{metric}_per_prompt"] for p in parts], float) for s in weights},
+        weights)
 
 def run_score(run: Run, metric: str) -> float:
     "The `metric` of one run on all test sets."
@@ -54,15 +67,18 @@ def run_score(run: Run, metric: str) -> float:
 
 def _parts(scores: dict, where: str) -> dict:
     if where == "validation": return {"validation": scores["validation"]}
-    if where.startswith(WITHOUT): return {s: part for s, part in scores["test"].items() if s != where.removeprefix(WITHOUT)}
+    if where.startswith(WITHOUT):
+        return {s: part for s, part in scores["test"].items() if s != where.removeprefix(WITHOUT)}
     return scores["test"] if where == "test" else {where: scores["test"][where]}
 
 # %% ../../nbs/46_statistics.ipynb #b985d8dd
 DRAWS = 2000
 
 @lru_cache(maxsize=32)
-def draws_of(prompts: tuple[int, ...], seeds: int, draws: int = DRAWS, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
-    "How often each draw takes each prompt, one (draws, prompts) array per set, and the share that it gives each training seed, (draws, seeds). The same for all cells and metrics."
+def draws_of(prompts: tuple[int, ...], seeds: int, draws: int = DRAWS,
+        seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
+    """How often each draw takes each prompt, one (draws, prompts) array per set, and the share that
+    it gives each training seed, (draws, seeds). The same for all cells and metrics."""
     rng = np.random.default_rng(seed)
     counts = lambda n: rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
     return [counts(n) for n in prompts], counts(seeds) / seeds
@@ -70,13 +86,16 @@ def draws_of(prompts: tuple[int, ...], seeds: int, draws: int = DRAWS, seed: int
 def resampled(x: Sample, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     "The score in each bootstrap draw, (draws,)."
     by_set, by_seed = draws_of(tuple(map(len, x.weights.values())), len(x.seeds), draws, seed)
-    scores = [c @ (v * w).T / np.maximum(c @ w, 1e-9)[:, None] for c, v, w in zip(by_set, x.values.values(), x.weights.values())]     # (draws, seeds) each
+    # (draws, seeds) each
+    scores = [c @ (v * w).T / np.maximum(c @ w, 1e-9)[:, None]
+        for c, v, w in zip(by_set, x.values.values(), x.weights.values())]
     return (np.mean(scores, axis=0) * by_seed).sum(-1)
 
 # %% ../../nbs/46_statistics.ipynb #a07ee867
 @dataclass(frozen=True)
 class Estimate:
-    "A score or a difference: its mean and standard deviation over the training seeds (`sd` is nan for one), its 95 % interval, and its value for each seed."
+    """A score or a difference: its mean and standard deviation over the training seeds (`sd` is nan
+    for one), its 95 % interval, and its value for each seed."""
     mean: float
     sd: float
     low: float
@@ -86,25 +105,31 @@ class Estimate:
 def estimate(x: Sample) -> Estimate:
     each = x.by_seed()
     low, high = np.percentile(resampled(x), [2.5, 97.5])
-    return Estimate(float(each.mean()), float(each.std(ddof=1)) if len(each) > 1 else float("nan"), float(low), float(high), dict(zip(x.seeds, each.tolist())))
+    return Estimate(float(each.mean()), float(each.std(ddof=1)) if len(each) > 1 else float("nan"),
+        float(low), float(high), dict(zip(x.seeds, each.tolist())))
 
 # %% ../../nbs/46_statistics.ipynb #fd22b7db
-def better_by(a: Sequence[Run], b: Sequence[Run], metric: str, where: str = "test") -> Optional[Sample]:
-    """How much better the cell of runs `a` is than that of `b`, on the seeds that both have: positive is better, whatever the metric. None without a common seed.
+def better_by(a: Sequence[Run], b: Sequence[Run], metric: str,
+        where: str = "test") -> Optional[Sample]:
+    """How much better the cell of runs `a` is than that of `b`, on the seeds that both have:
+    positive is better, whatever the metric. None without a common seed.
 
     Raises `ValueError` if the two were not evaluated on the same prompts."""
     common = sorted({r.seed for r in a} & {r.seed for r in b})
     if not common: return None
     of = lambda runs: sorted((r for r in runs if r.seed in common), key=lambda r: r.seed)
     both, n = sample([*of(a), *of(b)], metric, where), len(common)
-    return Sample(tuple(common), {s: METRICS[metric].better * (v[:n] - v[n:]) for s, v in both.values.items()}, both.weights)
+    return Sample(tuple(common), {s: METRICS[metric].better * (v[:n] - v[n:])
+            for s, v in both.values.items()}, both.weights)
 
-def paired(results: Results, suite: str, better: str, worse: str, metric: str = DECIDING, where: str = "test") -> Optional[Estimate]:
+def paired(results: Results, suite: str, better: str, worse: str, metric: str = DECIDING,
+        where: str = "test") -> Optional[Estimate]:
     "How much better one cell of a suite is than another; None if they have no seed in common."
     key = (suite, better, worse, metric, where)
     if key not in results.compared:
         cells = results.cells(suite)
-        difference = better_by(cells[better], cells[worse], metric, where) if better in cells and worse in cells else None
+        difference = (better_by(cells[better], cells[worse], metric, where) if better in cells
+            and worse in cells else None)
         results.compared[key] = None if difference is None else estimate(difference)
     return results.compared[key]
 

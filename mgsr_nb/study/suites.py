@@ -17,7 +17,8 @@ from ..config import ConfigError, _nearest
 # %% ../../nbs/40_suites.ipynb #30ed7cd0
 @dataclass(frozen=True)
 class After:
-    "A cell whose parameters depend on another cell of the same suite and seed: `make(folder)` reads them from that cell's finished run."
+    """A cell whose parameters depend on another cell of the same suite and seed: `make(folder)`
+    reads them from that cell's finished run."""
     cell: str
     make: Callable[[Path], dict]
     fixed: dict = field(default_factory=dict)      # parameters that are known before
@@ -32,21 +33,27 @@ class Claim:
 
 @dataclass(frozen=True)
 class Suite:
-    "Cells {name: parameters}, and the cell that is their reference. Raises `ConfigError` if a name in it is no cell of it."
+    """Cells {name: parameters}, and the cell that is their reference.
+
+    Raises `ConfigError` if a name in it is no cell of it."""
     cells: dict[str, dict | After]
     reference: str
     question: str
     claims: tuple[Claim, ...] = ()
 
     def __post_init__(self):
-        named = [self.reference, *(c.cell for c in self.cells.values() if isinstance(c, After)), *(n for c in self.claims for n in (c.better, c.worse))]
+        named = [self.reference, *(c.cell for c in self.cells.values() if isinstance(c, After)),
+            *(n for c in self.claims for n in (c.better, c.worse))]
         for name in named:
-            if name not in self.cells: raise ConfigError(f"suite: {name!r} is no cell of it{_nearest(name, self.cells)}; its cells: {', '.join(self.cells)}")
+            if name not in self.cells:
+                raise ConfigError(f"suite: {name!r} is no cell of it{_nearest(name, self.cells)}; "
+                    f"its cells: {', '.join(self.cells)}")
 
 # %% ../../nbs/40_suites.ipynb #3e274f39
 WEIGHTS = ((1., 0.), (0., 1.), (0.5, 0.5), (1., 0.5), (0.5, 1.), (1., 1.))
 loss_weights = Suite(
-    {f"dac={dac:g},span={span:g}": dict(dac_weight=dac, span_weight=span) for dac, span in WEIGHTS}, "dac=1,span=1",
+    {f"dac={dac:g},span={span:g}": dict(dac_weight=dac, span_weight=span) for dac, span in WEIGHTS},
+    "dac=1,span=1",
     "Does the balance of the two distillation losses matter?",
     (Claim("all weights 1, rather than no span loss", "dac=1,span=1", "dac=1,span=0", "Table 2"),
      Claim("all weights 1, rather than no DAC-KL", "dac=1,span=1", "dac=0,span=1", "Table 2")))
@@ -59,59 +66,93 @@ def learned_means(folder: Path) -> dict:
 
 fixed_clipping = Suite(
     {"learned": {}, "fixed_quantile": dict(clip="fixed_quantile", clip_upper=0.95, clip_lower=0.05),
-     "fixed_percentile": dict(clip="fixed_percentile", clip_upper=0.90, clip_lower=0.10), "top_5_percent": dict(clip="top_fraction", clip_fraction=0.05),
+     "fixed_percentile": dict(clip="fixed_percentile", clip_upper=0.90, clip_lower=0.10),
+     "top_5_percent": dict(clip="top_fraction", clip_fraction=0.05),
      "learned_means": After("learned", learned_means), "no_clip": dict(clip="none"),
-     "learned_mass": dict(clip_reading="mass"), "fixed_quantile_mass": dict(clip="fixed_quantile", clip_reading="mass")}, "learned",
+     "learned_mass": dict(clip_reading="mass"),
+     "fixed_quantile_mass": dict(clip="fixed_quantile", clip_reading="mass")}, "learned",
     "Does the learned clipping beat fixed clipping?",
-    tuple(Claim(f"learned limits, rather than {what}", "learned", cell, "Section 3.2; the paper shows no such ablation")
-          for cell, what in (("fixed_quantile", "fixed quantiles 0.95 and 0.05"), ("fixed_percentile", "the 90th and 10th percentile"), ("top_5_percent", "the top 5 % of the classes"))))
+    tuple(Claim(f"learned limits, rather than {what}", "learned", cell,
+            "Section 3.2; the paper shows no such ablation")
+          for cell, what in (("fixed_quantile", "fixed quantiles 0.95 and 0.05"),
+              ("fixed_percentile", "the 90th and 10th percentile"),
+              ("top_5_percent", "the top 5 % of the classes"))))
 
 # %% ../../nbs/40_suites.ipynb #6b2a1ce1
 _kl = dict(dac_weight=0.0, kd_weight=1.0, kd_loss="forward_kl")
 components = Suite(
-    {"none": dict(_kl, span_weight=0.0, scrg=False), "scrg": dict(_kl, span_weight=0.0), "scrg+dac": dict(span_weight=0.0), "scrg+dac+span": {},
+    {"none": dict(_kl, span_weight=0.0, scrg=False), "scrg": dict(_kl, span_weight=0.0),
+        "scrg+dac": dict(span_weight=0.0), "scrg+dac+span": {},
      "dac": dict(span_weight=0.0, scrg=False), "span": dict(_kl, scrg=False)}, "none",
     "What does each component add, one by one and alone?",
-    (Claim("SCRG", "scrg", "none", "Table 2"), Claim("DAC-KL on top of SCRG", "scrg+dac", "scrg", "Table 2"), Claim("the span loss on top of both", "scrg+dac+span", "scrg+dac", "Table 2")))
+    (Claim("SCRG", "scrg", "none", "Table 2"),
+        Claim("DAC-KL on top of SCRG", "scrg+dac", "scrg", "Table 2"),
+        Claim("the span loss on top of both", "scrg+dac+span", "scrg+dac", "Table 2")))
 
 sampling = Suite(
-    {"on_policy": dict(scrg=False), "mixed": dict(sampling="mixed", scrg=False), "off_policy": dict(sampling="off_policy", scrg=False), "scrg_off_policy": dict(sampling="off_policy"),
-     "scrg_on_policy": {}, "fixed": dict(sampling="fixed", scrg=False), "teacher_text": dict(sampling="fixed", responses="teacher", scrg=False)}, "on_policy",
+    {"on_policy": dict(scrg=False), "mixed": dict(sampling="mixed", scrg=False),
+        "off_policy": dict(sampling="off_policy", scrg=False),
+        "scrg_off_policy": dict(sampling="off_policy"),
+     "scrg_on_policy": {}, "fixed": dict(sampling="fixed", scrg=False),
+     "teacher_text": dict(sampling="fixed", responses="teacher", scrg=False)}, "on_policy",
     "Which text should the student be distilled on?",
-    (Claim("SCRG on-policy text, rather than plain on-policy", "scrg_on_policy", "on_policy", "Table 3a"), Claim("SCRG off-policy text, rather than plain off-policy", "scrg_off_policy", "off_policy", "Table 3a"),
-     Claim("SCRG on-policy, rather than SCRG off-policy", "scrg_on_policy", "scrg_off_policy", "Table 3a")))
+    (Claim("SCRG on-policy text, rather than plain on-policy", "scrg_on_policy", "on_policy",
+            "Table 3a"), Claim("SCRG off-policy text, rather than plain off-policy",
+            "scrg_off_policy", "off_policy", "Table 3a"),
+     Claim("SCRG on-policy, rather than SCRG off-policy", "scrg_on_policy", "scrg_off_policy",
+         "Table 3a")))
 
-dac_parts = Suite({"both": {}, "target": dict(dac_classes="target"), "dense": dict(dac_classes="dense")}, "both", "Which classes of DAC-KL does it take?",
-    (Claim("both parts, rather than the target alone", "both", "target", "Table 3b"), Claim("both parts, rather than the dense classes alone", "both", "dense", "Table 3b"),
+dac_parts = Suite({"both": {}, "target": dict(dac_classes="target"),
+        "dense": dict(dac_classes="dense")}, "both", "Which classes of DAC-KL does it take?",
+    (Claim("both parts, rather than the target alone", "both", "target", "Table 3b"),
+        Claim("both parts, rather than the dense classes alone", "both", "dense", "Table 3b"),
      Claim("the target alone, rather than the dense classes alone", "target", "dense", "Table 3b")))
 
 # %% ../../nbs/40_suites.ipynb #a781cd6f
-_divergences = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd", "skew_reverse_kl", "skew_forward_kl")
-divergences = Suite({"dac": {}, **{name: dict(_kl, kd_loss=name) for name in _divergences}}, "dac", "Is DAC-KL better than the usual divergences?",
+_divergences = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd", "skew_reverse_kl",
+    "skew_forward_kl")
+divergences = Suite({"dac": {}, **{name: dict(_kl, kd_loss=name) for name in _divergences}}, "dac",
+    "Is DAC-KL better than the usual divergences?",
     tuple(Claim(f"DAC-KL, rather than {name}", "dac", name, "Table 3c") for name in _divergences))
 
-baselines = Suite({name: dict(method=name) for name in METHODS}, "mgsr", "Is the method better than the baselines, under one budget?",
-    tuple(Claim(f"MGSR, rather than {name}", "mgsr", name, "Table 1") for name in ("distillm", "minillm", "gkd", "imitkd", "seqkd", "kd", "sft")))
+baselines = Suite({name: dict(method=name) for name in METHODS}, "mgsr",
+    "Is the method better than the baselines, under one budget?",
+    tuple(Claim(f"MGSR, rather than {name}", "mgsr", name, "Table 1")
+        for name in ("distillm", "minillm", "gkd", "imitkd", "seqkd", "kd", "sft")))
 
 # %% ../../nbs/40_suites.ipynb #aafde1d5
 corrections = Suite(
-    {"1": {}, "3": dict(scrg_corrections=3), "5": dict(scrg_corrections=5), "kl_teacher_student": dict(scrg_direction="teacher_student"), "random": dict(scrg_detect="random"),
-     "threshold_3": dict(scrg_detect="threshold", scrg_corrections=3), "greedy": dict(scrg_teacher_token="greedy")}, "1",
-    "How many corrections, and where?", (Claim("3 corrections, rather than 1", "3", "1", "Table 4c"), Claim("5 corrections, rather than 3", "5", "3", "Table 4c")))
+    {"1": {}, "3": dict(scrg_corrections=3), "5": dict(scrg_corrections=5),
+        "kl_teacher_student": dict(scrg_direction="teacher_student"),
+        "random": dict(scrg_detect="random"),
+     "threshold_3": dict(scrg_detect="threshold", scrg_corrections=3),
+     "greedy": dict(scrg_teacher_token="greedy")}, "1",
+    "How many corrections, and where?", (Claim("3 corrections, rather than 1", "3", "1",
+            "Table 4c"), Claim("5 corrections, rather than 3", "5", "3", "Table 4c")))
 
-f_sub = Suite({**{f"hidden={n}": dict(sub_layers=n, sub_inputs="topk") for n in (1, 0, 3)}, "full_input": dict(sub_layers=1, sub_inputs="full")}, "hidden=1", "What should f_sub look like?")
+f_sub = Suite({**{f"hidden={n}": dict(sub_layers=n, sub_inputs="topk") for n in (1, 0, 3)},
+        "full_input": dict(sub_layers=1, sub_inputs="full")}, "hidden=1",
+    "What should f_sub look like?")
 
 spans = Suite(
-    {"phrases": {}, "fixed": dict(spans="fixed"), "random": dict(spans="random"), "whole": dict(spans="whole"), "cosine": dict(span_relation="cosine"), "outer": dict(span_relation="outer"), "none": dict(span_weight=0.0)},
+    {"phrases": {}, "fixed": dict(spans="fixed"), "random": dict(spans="random"),
+        "whole": dict(spans="whole"), "cosine": dict(span_relation="cosine"),
+        "outer": dict(span_relation="outer"), "none": dict(span_weight=0.0)},
     "phrases", "Do phrases make better spans than other cuts, and is there a better relation?",
     (Claim("phrases, rather than no span loss", "phrases", "none", "Table 2"),))
 
-capacity = Suite({f"{method},layers={n}": dict(method=method, student="truncate", student_layers=n) for n in (24, 18) for method in ("mgsr", "kd")}, "mgsr,layers=24",
+capacity = Suite({f"{method},layers={n}": dict(method=method, student="truncate", student_layers=n)
+        for n in (24, 18) for method in ("mgsr", "kd")}, "mgsr,layers=24",
     "Does a smaller student change the comparison?",
-    (Claim("MGSR, rather than KD", "mgsr,layers=24", "kd,layers=24", "Table 1"), Claim("MGSR, rather than KD, with a smaller student", "mgsr,layers=18", "kd,layers=18", "Table 1")))
+    (Claim("MGSR, rather than KD", "mgsr,layers=24", "kd,layers=24", "Table 1"),
+        Claim("MGSR, rather than KD, with a smaller student", "mgsr,layers=18", "kd,layers=18",
+            "Table 1")))
 
-temperature = Suite({f"{method},T={t:g}": dict(method=method, eval_temperature=t) for t in (1., 0.7, 0.) for method in ("mgsr", "kd")}, "mgsr,T=1",
+temperature = Suite({f"{method},T={t:g}": dict(method=method, eval_temperature=t)
+        for t in (1., 0.7, 0.) for method in ("mgsr", "kd")}, "mgsr,T=1",
     "Is a higher ROUGE-L a matter of how sharp the student is?")
 
-SUITES = dict(loss_weights=loss_weights, fixed_clipping=fixed_clipping, components=components, sampling=sampling, dac_parts=dac_parts, divergences=divergences,
-              baselines=baselines, corrections=corrections, f_sub=f_sub, spans=spans, capacity=capacity, temperature=temperature)
+SUITES = dict(loss_weights=loss_weights, fixed_clipping=fixed_clipping, components=components,
+    sampling=sampling, dac_parts=dac_parts, divergences=divergences,
+              baselines=baselines, corrections=corrections, f_sub=f_sub, spans=spans,
+              capacity=capacity, temperature=temperature)

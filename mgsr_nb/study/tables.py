@@ -24,19 +24,25 @@ BEFORE, TEACHER = "(student before)", "(teacher)"
 
 def sets_of(results: Results, suite: str) -> list[str]:
     "The test sets of a suite's runs."
-    return list(next((r.metrics["student"]["test"] for r in results.runs if r.suite == suite and r.usable), {}))
+    return list(next((r.metrics["student"]["test"]
+                for r in results.runs if r.suite == suite and r.usable), {}))
 
 def suite_scores(results: Results, suite: str) -> pd.DataFrame:
-    "Scores of every cell: columns cell, seeds, metric, where (a set, test or validation), mean, sd, low, high."
+    """Scores of every cell: columns cell, seeds, metric, where (a set, test or validation), mean,
+    sd, low, high."""
     cells = results.cells(suite)
     reference = cells.get(results.described(suite).reference) or next(iter(cells.values()), [])
-    rows = [(cell, runs, "student") for cell, runs in cells.items()] + ([(BEFORE, reference, "student_start"), (TEACHER, reference, "teacher")] if cells else [])
-    wanted = [(m, "test") for m in METRICS] + [(m, "validation") for m in ("nll", "kl")] + [("rouge_l", s) for s in sets_of(results, suite)]
+    rows = ([(cell, runs, "student") for cell, runs in cells.items()]
+        + ([(BEFORE, reference, "student_start"), (TEACHER, reference, "teacher")] if cells
+            else []))
+    wanted = ([(m, "test") for m in METRICS] + [(m, "validation")
+            for m in ("nll", "kl")] + [("rouge_l", s) for s in sets_of(results, suite)])
     found = []
     for cell, runs, who in rows:
         for metric, where in wanted:
             e = estimate(sample(runs, metric, where, who))
-            found.append(dict(cell=cell, seeds=len(runs), metric=metric, where=where, mean=e.mean, sd=e.sd, low=e.low, high=e.high))
+            found.append(dict(cell=cell, seeds=len(runs), metric=metric, where=where, mean=e.mean,
+                    sd=e.sd, low=e.low, high=e.high))
     return pd.DataFrame(found)
 
 # %% ../../nbs/47_tables.ipynb #3ff114db
@@ -44,7 +50,8 @@ def markdown_table(rows: Sequence[dict]) -> str:
     "Rows of text as a Markdown table; empty without rows."
     if not rows: return ""
     line = lambda values: "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"
-    return "\n".join([line(rows[0]), "|" + "---|" * len(rows[0]), *(line(r.values()) for r in rows)])
+    return "\n".join([line(rows[0]), "|" + "---|" * len(rows[0]),
+            *(line(r.values()) for r in rows)])
 
 def _number(x: float, digits: int, sign: bool = False) -> str:
     text = f"{x:{'+' if sign else ''}.{digits}f}"
@@ -60,7 +67,8 @@ def _cell_text(r) -> str:
     "mean ± sd, and below it the interval; no line is broken in them."
     digits = METRICS[r.metric].digits
     sd = f" ± {_number(r.sd, digits)}" if r.seeds > 1 else ""
-    return f"{_number(r['mean'], digits)}{sd}<br>[{_number(r.low, digits)}, {_number(r.high, digits)}]".replace(" ", "&nbsp;")
+    return (f"{_number(r['mean'], digits)}{sd}<br>[{_number(r.low, digits)}, "
+        f"{_number(r.high, digits)}]".replace(" ", "&nbsp;"))
 
 def _column(metric: str, where: str) -> str:
     if where == "validation": return f"validation {metric.upper()}"
@@ -71,27 +79,36 @@ def score_table(scores: pd.DataFrame, reference: str = "") -> str:
     "`suite_scores` as a Markdown table, the reference cell in bold."
     rows = []
     for cell, part in scores.groupby("cell", sort=False):
-        name = cell if cell in (BEFORE, TEACHER) else f"**`{cell}`**" if cell == reference else f"`{cell}`"
-        rows.append({"cell": name, "seeds": part.seeds.iloc[0]} | {_column(r.metric, r["where"]): _cell_text(r) for _, r in part.iterrows()})
+        name = (cell if cell in (BEFORE, TEACHER) else f"**`{cell}`**" if cell == reference
+            else f"`{cell}`")
+        rows.append({"cell": name, "seeds": part.seeds.iloc[0]}
+            | {_column(r.metric, r["where"]): _cell_text(r) for _, r in part.iterrows()})
     return markdown_table(rows)
 
 # %% ../../nbs/47_tables.ipynb #24c5c4af
 def suite_effects(results: Results, suite: str) -> pd.DataFrame:
-    "How much better every cell is than the reference: columns cell, metric, mean, low, high, seeds, by_seed, verdict. Empty without runs of the reference."
+    """How much better every cell is than the reference: columns cell, metric, mean, low, high,
+    seeds, by_seed, verdict. Empty without runs of the reference."""
     reference, found = results.described(suite).reference, []
     for cell in results.cells(suite):
         for metric in METRICS:
             d = paired(results, suite, cell, reference, metric) if cell != reference else None
-            if d: found.append(dict(cell=cell, metric=metric, mean=d.mean, low=d.low, high=d.high, seeds=len(d.by_seed), by_seed=d.by_seed, verdict=verdict(d)))
-    return pd.DataFrame(found, columns=["cell", "metric", "mean", "low", "high", "seeds", "by_seed", "verdict"])
+            if d:
+                found.append(dict(cell=cell, metric=metric, mean=d.mean, low=d.low, high=d.high,
+                        seeds=len(d.by_seed), by_seed=d.by_seed, verdict=verdict(d)))
+    return pd.DataFrame(found, columns=["cell", "metric", "mean", "low", "high", "seeds", "by_seed",
+            "verdict"])
 
 def suite_claims(results: Results, suite: str) -> pd.DataFrame:
-    "The paper's claims: columns text, source, better, worse, seeds, and for each metric the estimate `<metric>` (None if not run) and `<metric>_verdict`."
+    """The paper's claims: columns text, source, better, worse, seeds, and for each metric the
+    estimate `<metric>` (None if not run) and `<metric>_verdict`."""
     found = []
     for c in results.described(suite).claims:
         d = {m: paired(results, suite, c.better, c.worse, m) for m in METRICS}
         seeds = len(d[DECIDING].by_seed) if d[DECIDING] else 0
-        found.append(dict(text=c.text, source=c.source, better=c.better, worse=c.worse, seeds=seeds) | {k: v for m, e in d.items() for k, v in ((m, e), (f"{m}_verdict", verdict(e)))})
+        found.append(dict(text=c.text, source=c.source, better=c.better, worse=c.worse,
+                seeds=seeds) | {k: v for m, e in d.items()
+                for k, v in ((m, e), (f"{m}_verdict", verdict(e)))})
     return pd.DataFrame(found)
 
 # %% ../../nbs/47_tables.ipynb #65a0ab5d
@@ -100,7 +117,9 @@ def effect_table(effects: pd.DataFrame) -> str:
     rows = []
     for cell, part in effects.groupby("cell", sort=False):
         rows.append({"cell": f"`{cell}`", "seeds": part.seeds.iloc[0]} |
-                    {f"{METRICS[r.metric].label}, {METRICS[r.metric].unit}": f"{_interval(r, r.metric)}<br>{_side(r.verdict)}" for r in part.itertuples()})
+                    {f"{METRICS[r.metric].label}, {METRICS[r.metric].unit}":
+                        f"{_interval(r, r.metric)}<br>{_side(r.verdict)}"
+                        for r in part.itertuples()})
     return markdown_table(rows)
 
 def _side(text: str) -> str: return {HOLDS: "**better**", FAILS: "**worse**"}.get(text, text)
@@ -109,27 +128,42 @@ def claim_table(claims: pd.DataFrame) -> str:
     "`suite_claims` as a Markdown table: the verdict by the deciding metric first."
     rows = []
     for _, c in claims.iterrows():
-        cells = {f"{METRICS[m].label}": "" if verdict(c[m]) == NOT_RUN else f"{_interval(c[m], m)}" + ("" if m == DECIDING else f"<br>{c[f'{m}_verdict']}") for m in METRICS}
-        rows.append({"the paper says: better is": f"{c.text} (`{c.better}`, not `{c.worse}`)", "where": c.source, "seeds": c.seeds, "verdict": f"**{c[f'{DECIDING}_verdict']}**"} | cells)
+        cells = {f"{METRICS[m].label}": "" if verdict(c[m]) == NOT_RUN
+            else f"{_interval(c[m], m)}" + ("" if m == DECIDING else f"<br>{c[f'{m}_verdict']}")
+            for m in METRICS}
+        rows.append({"the paper says: better is": f"{c.text} (`{c.better}`, not `{c.worse}`)",
+                "where": c.source, "seeds": c.seeds,
+                "verdict": f"**{c[f'{DECIDING}_verdict']}**"} | cells)
     return markdown_table(rows)
 
 # %% ../../nbs/47_tables.ipynb #14281270
-def results_table(runs_dir: str | Path = "runs", suites: Optional[dict] = None, results: Optional[Results] = None) -> pd.DataFrame:
-    "One row per ended run: suite, cell, seed, scores of the student, seconds, digest, preset, precision, device, torch, and the error of a failed one."
-    return pd.DataFrame([_row(r) for r in (results or read_results(runs_dir, suites)).runs if r.metrics or r.error])
+def results_table(runs_dir: str | Path = "runs", suites: Optional[dict] = None,
+        results: Optional[Results] = None) -> pd.DataFrame:
+    """One row per ended run: suite, cell, seed, scores of the student, seconds, digest, preset,
+    precision, device, torch, and the error of a failed one."""
+    return pd.DataFrame([_row(r) for r in (results or read_results(runs_dir, suites)).runs
+            if r.metrics or r.error])
 
 def _row(r: Run) -> dict:
     m = r.metrics or {}
     scores, machine, config = m.get("student", {}), m.get("machine", {}), m.get("config", {})
     number = lambda part, key, digits: round(part[key], digits) if key in part else None
-    tests = {f"rouge_l_{s}": number(t, "rouge_l", 2) for s, t in scores.get("test", {}).items()} | {f"nll_{s}": number(t, "nll", 4) for s, t in scores.get("test", {}).items()}
-    means = {k: number(scores.get("average", {}), k, digits) for k, digits in (("rouge_l", 2), ("nll", 4), ("kl", 4))}
-    held_out = {f"validation_{k}": number(scores.get("validation", {}), k, 4) for k in ("nll", "kl")}
-    seconds = {f"seconds_{k}": number(m.get("seconds", {}), k, 1) for k in ("preparation", "training", "evaluation")}
-    return dict(suite=r.suite, cell=r.cell, seed=r.seed, **means, **held_out, **tests, **seconds, digest=next(iter(recorded_digests(r.folder)), m.get("digest")), preset=config.get("preset"),
-                **{k: machine.get(k) for k in ("precision", "device_type", "threads", "torch")}, error=r.error or None)
+    tests = ({f"rouge_l_{s}": number(t, "rouge_l", 2)
+            for s, t in scores.get("test", {}).items()} | {f"nll_{s}": number(t, "nll", 4)
+            for s, t in scores.get("test", {}).items()})
+    means = {k: number(scores.get("average", {}), k, digits)
+        for k, digits in (("rouge_l", 2), ("nll", 4), ("kl", 4))}
+    held_out = {f"validation_{k}": number(scores.get("validation", {}), k, 4)
+        for k in ("nll", "kl")}
+    seconds = {f"seconds_{k}": number(m.get("seconds", {}), k, 1)
+        for k in ("preparation", "training", "evaluation")}
+    return dict(suite=r.suite, cell=r.cell, seed=r.seed, **means, **held_out, **tests, **seconds,
+        digest=next(iter(recorded_digests(r.folder)), m.get("digest")), preset=config.get("preset"),
+                **{k: machine.get(k) for k in ("precision", "device_type", "threads", "torch")},
+                error=r.error or None)
 
-def results_csv(runs_dir: str | Path = "runs", suites: Optional[dict] = None, results: Optional[Results] = None) -> str:
+def results_csv(runs_dir: str | Path = "runs", suites: Optional[dict] = None,
+        results: Optional[Results] = None) -> str:
     "`results_table` as the text of results.csv."
     return results_table(runs_dir, suites, results).to_csv(index=False, lineterminator="\n")
 
@@ -141,53 +175,83 @@ def write_results_csv(runs_dir: str | Path = "runs") -> Path:
 
 # %% ../../nbs/47_tables.ipynb #fe547442
 def spread_of_sets(results: Results, suite: str) -> pd.Series:
-    "Standard deviation of a set's NLL over the training seeds, in nats a token, mean over the cells; the largest first. Empty where no cell has two seeds."
+    """Standard deviation of a set's NLL over the training seeds, in nats a token, mean over the
+    cells; the largest first. Empty where no cell has two seeds."""
     cells = [runs for runs in results.cells(suite).values() if len(runs) > 1]
     if not cells: return pd.Series(dtype=float)
-    return pd.Series({s: np.mean([sample(runs, DECIDING, s).by_seed().std(ddof=1) for runs in cells]) for s in sets_of(results, suite)}).sort_values(ascending=False)
+    return pd.Series({s: np.mean([sample(runs, DECIDING, s).by_seed().std(ddof=1)
+                    for runs in cells]) for s in sets_of(results,
+                suite)}).sort_values(ascending=False)
 
 def sensitivity(results: Results, suite: str, pairs: dict[str, tuple[str, str]]) -> str:
-    "Markdown: how much better the first cell of each pair is than the second by NLL, without the set on which training seeds differ most. `pairs`: {name: (cell, other cell)}. Empty with fewer than two seeds or sets."
+    """Markdown: how much better the first cell of each pair is than the second by NLL, without the
+    set on which training seeds differ most. `pairs`: {name: (cell, other cell)}. Empty with fewer
+    than two seeds or sets."""
     spread = spread_of_sets(results, suite)
-    found = {name: d for name, (a, b) in pairs.items() if len(spread) > 1 and (d := paired(results, suite, a, b, where=WITHOUT + spread.index[0]))}
+    found = {name: d for name, (a, b) in pairs.items() if len(spread) > 1
+        and (d := paired(results, suite, a, b, where=WITHOUT + spread.index[0]))}
     if not found: return ""
-    tokens = next(r.metrics["student"]["test"][spread.index[0]]["tokens"] for r in results.runs if r.suite == suite and r.usable)
-    return (f"*Added after the runs were seen, for no verdict:* training seeds differ most on `{spread.index[0]}`, whose references have {tokens} tokens in all (standard deviation of its NLL over seeds {spread.iloc[0]:.3f} nats; of the other sets at most {spread.iloc[1]:.3f}). "
-            "Without it, NLL is better by: " + "; ".join(f"{name} {_interval(d, DECIDING)}" for name, d in found.items()) + ".")
+    tokens = next(r.metrics["student"]["test"][spread.index[0]]["tokens"]
+        for r in results.runs if r.suite == suite and r.usable)
+    return ("*Added after the runs were seen, for no verdict:* training seeds differ most on "
+        f"`{spread.index[0]}`, whose references have {tokens} tokens in all (standard deviation "
+        f"of its NLL over seeds {spread.iloc[0]:.3f} nats; of the other sets at most "
+        f"{spread.iloc[1]:.3f}). "
+            "Without it, NLL is better by: " + "; ".join(f"{name} {_interval(d, DECIDING)}"
+                for name, d in found.items()) + ".")
 
 # %% ../../nbs/47_tables.ipynb #7cea107d
 def suite_logs(results: Results, suite: str) -> pd.DataFrame:
-    "The rows of log.csv of a suite's usable runs, with their cell, seed and clip; empty if there are none."
-    found = [pd.read_csv(r.folder/"log.csv").assign(cell=r.cell, seed=r.seed, clip=r.metrics["config"].get("clip"))
-             for runs in results.cells(suite).values() for r in runs if (r.folder/"log.csv").is_file()]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["cell", "seed", "clip", "step"])
+    """The rows of log.csv of a suite's usable runs, with their cell, seed and clip; empty if there
+    are none."""
+    found = [pd.read_csv(r.folder/"log.csv").assign(cell=r.cell, seed=r.seed,
+            clip=r.metrics["config"].get("clip"))
+             for runs in results.cells(suite).values()
+             for r in runs if (r.folder/"log.csv").is_file()]
+    return (pd.concat(found, ignore_index=True) if found
+        else pd.DataFrame(columns=["cell", "seed", "clip", "step"]))
 
 def where_limits_ended(results: Results, suite: str) -> str:
     "A sentence about the learned limits of the reference cell; empty without a log that has them."
     log = suite_logs(results, suite)
     if "clip_upper" not in log: return ""
-    own = log[(log.cell == results.described(suite).reference) & (log["clip"] == "learned") & log.clip_upper.notna()].sort_values("step")
+    own = log[(log.cell == results.described(suite).reference) & (log["clip"]
+            == "learned") & log.clip_upper.notna()].sort_values("step")
     if own.empty: return ""
-    first, last = own.groupby("seed").first().mean(numeric_only=True), own.groupby("seed").last().mean(numeric_only=True)
-    return (f"The learned limits (u, l) went from ({first.clip_upper:.2f}, {first.clip_lower:.2f}) to ({last.clip_upper:.2f}, {last.clip_lower:.2f}); "
-            f"the kept classes had {first.kept_mass:.0%} of the teacher's mass at first and {last.kept_mass:.0%} at the end.")
+    first = own.groupby("seed").first().mean(numeric_only=True)
+    last = own.groupby("seed").last().mean(numeric_only=True)
+    return (f"The learned limits (u, l) went from ({first.clip_upper:.2f}, {first.clip_lower:.2f}) "
+        f"to ({last.clip_upper:.2f}, {last.clip_lower:.2f}); "
+            f"the kept classes had {first.kept_mass:.0%} of the teacher's mass at first and "
+            f"{last.kept_mass:.0%} at the end.")
 
 # %% ../../nbs/47_tables.ipynb #4f5c93cd
-OF_ANSWERS = {"distinct_2": ("distinct-2", 1, 2), "repetition_4": ("rep-4, %", 100, 1), "excess_error": ("ExAccErr, %", 1, 0)}                        # label, factor, digits
-OF_STEPS = {"by_student": ("steps on student text, %", 100, 0), "new_text": ("steps on new text, %", 100, 0), "scrg_corrected": ("texts corrected, %", 100, 0), "scrg_kl": ("KL at the correction, nats", 1, 1),
-            "scrg_gain": ("gain of the rest, nats a token", 1, 2), "scrg_helped": ("rests that gained, %", 100, 0), "kept_mass": ("mass that DAC-KL keeps, %", 100, 0)}
+# label, factor, digits
+OF_ANSWERS = {"distinct_2": ("distinct-2", 1, 2), "repetition_4": ("rep-4, %", 100, 1),
+    "excess_error": ("ExAccErr, %", 1, 0)}
+OF_STEPS = {"by_student": ("steps on student text, %", 100, 0),
+    "new_text": ("steps on new text, %", 100, 0), "scrg_corrected": ("texts corrected, %", 100, 0),
+    "scrg_kl": ("KL at the correction, nats", 1, 1),
+            "scrg_gain": ("gain of the rest, nats a token", 1, 2),
+            "scrg_helped": ("rests that gained, %", 100, 0),
+            "kept_mass": ("mass that DAC-KL keeps, %", 100, 0)}
 
 def of_answers(run: Run, key: str, who: str = "student") -> float:
     "Mean over the test sets of what a run recorded about the answers; nan if a set lacks it."
     return float(np.mean([t.get(key, np.nan) for t in run.metrics[who]["test"].values()]))
 
 def diagnostics(results: Results, suite: str) -> pd.DataFrame:
-    "Of each cell, by name, what the runs recorded besides: `OF_ANSWERS`, mean over test sets and seeds, and `OF_STEPS`, mean over the steps that have it. Also of the student before training and the teacher. Columns that nobody has, or that are 100 % for all, are left out."
+    """Of each cell, by name, what the runs recorded besides: `OF_ANSWERS`, mean over test sets and
+    seeds, and `OF_STEPS`, mean over the steps that have it. Also of the student before training and
+    the teacher. Columns that nobody has, or that are 100 % for all, are left out."""
     cells, log = results.cells(suite), suite_logs(results, suite)
     reference = cells.get(results.described(suite).reference) or next(iter(cells.values()), [])
-    rows = [(cell, runs, "student") for cell, runs in cells.items()] + [(BEFORE, reference, "student_start"), (TEACHER, reference, "teacher")]
-    def of(runs, who, key): return np.mean([of_answers(r, key, who) for r in runs]) if runs else np.nan
-    answers = pd.DataFrame({key: [of(runs, who, key) for _, runs, who in rows] for key in OF_ANSWERS}, index=[cell for cell, *_ in rows], dtype=float)
+    rows = ([(cell, runs, "student") for cell, runs in cells.items()]
+        + [(BEFORE, reference, "student_start"), (TEACHER, reference, "teacher")])
+    def of(runs, who, key):
+        return np.mean([of_answers(r, key, who) for r in runs]) if runs else np.nan
+    answers = pd.DataFrame({key: [of(runs, who, key) for _, runs, who in rows]
+            for key in OF_ANSWERS}, index=[cell for cell, *_ in rows], dtype=float)
     steps = log[log.step > 0].groupby("cell")[[k for k in OF_STEPS if k in log]].mean()
     found = answers.join(steps).dropna(axis=1, how="all")
     return found.loc[:, ~(found.isna() | (found == 1)).all()]
@@ -196,5 +260,7 @@ def diagnostics_table(found: pd.DataFrame) -> str:
     "`diagnostics` as a Markdown table; empty without columns."
     shown = {key: how for key, how in {**OF_ANSWERS, **OF_STEPS}.items() if key in found}
     text = lambda value, factor, digits: "" if np.isnan(value) else _number(factor * value, digits)
-    return markdown_table([{"cell": cell if cell in (BEFORE, TEACHER) else f"`{cell}`"} | {label: text(row[key], factor, digits) for key, (label, factor, digits) in shown.items()}
+    return markdown_table([{"cell": cell if cell in (BEFORE, TEACHER) else f"`{cell}`"}
+            | {label: text(row[key], factor, digits)
+                for key, (label, factor, digits) in shown.items()}
                            for cell, row in found.iterrows()]) if shown else ""
