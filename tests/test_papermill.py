@@ -215,7 +215,7 @@ def test_pitfall_44_mgsr_run_makes_the_folder_and_goes_on_with_an_interrupted_ru
     more = dict(checkpoint_every=1, seed=3)
     c = config_of(project, **more)
     trainer = Trainer(prepare(c, cpu=True), open_run(c))
-    def stop(row): trainer.save(); raise KeyboardInterrupt
+    def stop(row): trainer.checkpoints.save(); raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): trainer.fit(stop)
     parameters = project.parameters | more
     done = command(project, "mgsr-run", *flags({k: v for k, v in parameters.items() if k != "runs_dir"}))
@@ -248,7 +248,7 @@ def test_pitfall_46_a_run_that_papermill_cuts_off_is_not_finished_and_goes_on(pr
     monkeypatch.setenv("MGSR_CACHE", project.env["MGSR_CACHE"])
     c = config_of(project, **more)
     trainer = Trainer(prepare(c, cpu=True), open_run(c))
-    reached = trainer.resume()
+    reached = trainer.checkpoints.resume()
     assert reached >= 1 and trainer.step()["step"] == reached + 1
 
 @pytest.mark.parametrize("flags", [["-p", "dac_weight"], ["--nonsense"], ["stray"]])

@@ -27,11 +27,11 @@ def losses(parameters: dict, device: str, precision: str, texts=None):
         if isinstance(m, torch.nn.Dropout): m.p = 0.0       # the devices would drop different units
     found, used = [], []
     for step in range(2):
-        if texts is None: examples, text, _ = trainer.draw(step)
+        if texts is None: examples, text, _ = trainer.writer.draw(step)
         else:
             examples, text, _ = texts[step]
             if isinstance(text, Distilled):       # only the words: hidden states and constants of the policy are this device's own
-                text = trainer.look_at(step, text.pairs, range(config.batch_size))[0] if config.pg_weight else Distilled(text.pairs)
+                text = trainer.writer.look_at(step, text.pairs, range(config.batch_size))[0] if config.pg_weight else Distilled(text.pairs)
         used.append((examples, text, None))
         found.append(trainer.update(examples, text)["loss"])
         trainer.progress.step += 1

@@ -11,7 +11,7 @@ import json, os, sys, tempfile
 from pathlib import Path
 from typing import Callable, Optional, Sequence
 import click
-from ..config import ConfigError, RunConfig, _allowed, resolve
+from ..config import ConfigError, RunConfig, allowed_values, resolve
 from ..files import project_root
 from .folder import open_run
 
@@ -51,8 +51,8 @@ def run_command(flags: Sequence[str]) -> Optional[Path]:
                 standalone_mode=False))
     except PapermillExecutionError as e:
         if e.ename not in USER_ERRORS: raise
-        raise ConfigError(
-            f"{e.evalue}\n(where it came from: {os.path.relpath(folder)}/train.partial.ipynb)") from None
+        source = f"{os.path.relpath(folder)}/train.partial.ipynb"
+        raise ConfigError(f"{e.evalue}\n(where it came from: {source})") from None
     except (KeyboardInterrupt, click.exceptions.Abort):
         raise KeyboardInterrupt(went_as_far_as(folder)) from None
     return folder
@@ -81,7 +81,7 @@ def main() -> None:
     flags = sys.argv[1:]
     if {"-h", "--help"} & set(flags):
         print("usage: mgsr-run [-p NAME VALUE]... (and papermill's other flags)\n\nparameters:")
-        print("\n".join(f"  {n:20} {f.description} [{_allowed(n)}; default {f.default!r}]"
+        print("\n".join(f"  {n:20} {f.description} [{allowed_values(n)}; default {f.default!r}]"
                 for n, f in RunConfig.model_fields.items()))
         return
     try: folder = run_command(flags)

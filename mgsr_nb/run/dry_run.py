@@ -52,7 +52,7 @@ def check_folder(config: RunConfig, folder: Path) -> str:
         f"({state}{', to be replaced' if config.overwrite and real.is_dir() else ''})")
 
 # %% ../../nbs/32_dry_run.ipynb #4f894831
-DOLLY_EXAMPLES = 13_420     # what the overlap rule leaves of the published files, see notebook 03
+DOLLY_EXAMPLES = 13_420     # what the overlap rule leaves of the published files, see notebook 04
 SMALLER = {"teacher SFT": "micro_batch_size, lora_rank above 0, or teacher_sft_steps 0 with a "
     "teacher that was tuned elsewhere", "student SFT": "micro_batch_size, or lora_rank above 0",
            "loading": "a smaller pair", "writing": "max_new_tokens or batch_size",
@@ -99,45 +99,59 @@ def disk(c: RunConfig, s: Sizes) -> list[tuple[str, float, str]]:
 def memory_lines(items: list[Item]) -> list[str]:
     """The estimate as text: each item, each phase's sum, and the largest beside the device that is
     here."""
-    width = max(len(i.what) for i in items)
     lines, total = [], phases(items)
     for phase in dict.fromkeys(i.phase for i in items):
-        lines.append(f"  {phase}: "
-            f"{gigabytes(total[phase])}{' with what is always there' if phase in DISTILLING else ''}" if phase in total else f"  {phase} there while the student is distilled:")
-        lines += [f"    {i.what:{width}} {gigabytes(i.size):>10}  {i.how}"
-            for i in items if i.phase == phase]
+        lines += [_phase_line(phase, total), *_item_lines(items, phase)]
     top = max(total, key=total.get)
+    largest = f"  largest: {top}, {gigabytes(total[top])}"
     if not torch.cuda.is_available():
-        return (lines + [f"  largest: {top}, {gigabytes(total[top])}; there is no GPU here to "
-                f"compare it with (smaller: {SMALLER[top]})"])
+        return [*lines, f"{largest}; there is no GPU here to compare it with (smaller: "
+            f"{SMALLER[top]})"]
     here = torch.cuda.mem_get_info()[1]
-    fits = ("fits" if total[top] * 1.1 + 1e9 < here else "DOES NOT FIT with 1 GB and a tenth to "
-        f"spare (smaller: {SMALLER[top]})")
-    return (lines + [f"  largest: {top}, {gigabytes(total[top])}; {torch.cuda.get_device_name()} "
-            f"has {gigabytes(here)}: {fits}"])
+    fits = "fits"
+    if total[top] * 1.1 + 1e9 >= here:
+        fits = f"DOES NOT FIT with 1 GB and a tenth to spare (smaller: {SMALLER[top]})"
+    return [*lines, f"{largest}; {torch.cuda.get_device_name()} has {gigabytes(here)}: {fits}"]
 
+def _phase_line(phase: str, total: dict[str, float]) -> str:
+    if phase not in total: return f"  {phase} there while the student is distilled:"
+    more = " with what is always there" if phase in DISTILLING else ""
+    return f"  {phase}: {gigabytes(total[phase])}{more}"
+
+def _item_lines(items: list[Item], phase: str) -> list[str]:
+    width = max(len(i.what) for i in items)
+    return [f"    {i.what:{width}} {gigabytes(i.size):>10}  {i.how}"
+        for i in items if i.phase == phase]
+
+# %% ../../nbs/32_dry_run.ipynb #1275d0e8
 def report(c: RunConfig, s: Sizes, items: list[Item], where: str, found: dict) -> str:
     "All findings as text."
-    kind = lambda a: f"{a.model_type}, {a.num_hidden_layers} layers, width {a.hidden_size}, {getattr(a, 'max_position_embeddings', '?')} positions"
-    stands_in = ("" if c.data_dir or c.data == "tiny" else " The shipped data stood in for dolly; "
-        "with data_dir, the files themselves are read.")
-    examples = found["train_examples"] if c.data_dir or c.data == "tiny" else DOLLY_EXAMPLES
-    return "\n".join([
-        f"dry run of preset {c.preset}, method {c.method}: sound", f"  folder: {where}",
-        f"  teacher: {c.teacher}, {millions(s.teacher_weights)} parameters ({kind(s.teacher)})",
-        f"  student: {c.student}, {millions(s.student_weights)} parameters ({kind(s.student)})",
-        f"  trained: {millions(s.trained)} parameters"
-        + (f", LoRA {millions(s.adapters)}" if s.adapters else "")
-        + (f", f_sub {millions(s.sub)}" if s.sub else "") + f"; at most {s.vocab:,} classes",
+    own = c.data_dir or c.data == "tiny"
+    trains = "".join(f", {name} {millions(size)}"
+        for name, size in (("LoRA", s.adapters), ("f_sub", s.sub)) if size)
+    losses = ", ".join(f"{x:.2f}" for x in found["losses"])
+    stands_in = "" if own else (" The shipped data stood in for dolly; with data_dir, the files "
+        "themselves are read.")
+    lines = [f"dry run of preset {c.preset}, method {c.method}: sound",
+        f"  folder: {where}",
+        f"  teacher: {c.teacher}, {_model_line(s.teacher, s.teacher_weights)}",
+        f"  student: {c.student}, {_model_line(s.student, s.student_weights)}",
+        f"  trained: {millions(s.trained)} parameters{trains}; at most {s.vocab:,} classes",
         "  rehearsal with tiny random models of the same architectures: teacher's fine-tuning, "
-        f"evaluation, {len(found['losses'])} steps with losses "
-        f"{', '.join(f'{x:.2f}' for x in found['losses'])}, evaluation, results; "
-        f"{found['seconds']:.0f} s on {found['device']} in {found['precision']}.{stands_in}",
-        *[f"  {line}" for line in schedule(c, examples)],
-        f"memory on the device, estimated (GB = 10^9 bytes; autocast {s.precision}, frozen "
+        f"evaluation, {len(found['losses'])} steps with losses {losses}, evaluation, results; "
+        f"{found['seconds']:.0f} s on {found['device']} in {found['precision']}.{stands_in}"]
+    examples = found["train_examples"] if own else DOLLY_EXAMPLES
+    lines += [f"  {line}" for line in schedule(c, examples)]
+    lines += [f"memory on the device, estimated (GB = 10^9 bytes; autocast {s.precision}, frozen "
         f"weights {s.frozen}; every sequence as long as allowed; one process)",
-        *memory_lines(items),
-        "disk", *[f"    {what:12} {gigabytes(size):>10}  {how}" for what, size, how in disk(c, s)]])
+        *memory_lines(items), "disk"]
+    lines += [f"    {what:12} {gigabytes(size):>10}  {how}" for what, size, how in disk(c, s)]
+    return "\n".join(lines)
+
+def _model_line(a, weights: int) -> str:
+    positions = getattr(a, "max_position_embeddings", "?")
+    return (f"{millions(weights)} parameters ({a.model_type}, {a.num_hidden_layers} layers, width "
+        f"{a.hidden_size}, {positions} positions)")
 
 # %% ../../nbs/32_dry_run.ipynb #d512bd96
 def dry_run(config: RunConfig, cpu: bool = False) -> dict:

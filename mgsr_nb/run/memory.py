@@ -20,8 +20,8 @@ from ..tokens import collate
 from ..models import add_lora, hidden_states, resolve_precision
 from ..objective import Text
 from ..minillm import Policy
-from .parts import make_objective
 from .blueprints import blueprint, count, sub_network_size, tiny
+from .parts import make_objective
 
 # %% ../../nbs/31_memory.ipynb #824a22ed
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -77,7 +77,9 @@ def activation_bytes(architecture, precision: str, lora: int = 0, frozen: str = 
         with (LiveBytes() as live, torch.autocast("cpu", torch.bfloat16,
                     enabled=precision == "bfloat16")):
             kept = hidden_states(model.train(), batch)      # the name keeps the graph alive
-        return live.now, c.hidden_size
+        found = live.now, c.hidden_size
+        del kept
+        return found
     (a, width), (b, _), (c, _), (d, _) = (graph(layers, rows) for layers in (1, 3)
         for rows in (2, 4))
     return ((d - c) - (b - a)) / (2 * 2
@@ -180,9 +182,10 @@ def chunk(phase: str, c: RunConfig, s: Sizes) -> Item:
 
 def activations(phase: str, rows: int, lengths: list[int], token: float) -> Item:
     "A line for `rows` texts, each as long as allowed, in one or two passes."
+    tokens = " + ".join(map(str, lengths))
+    if len(lengths) > 1: tokens = f"({tokens})"
     return Item(phase, "activations", token * rows * sum(lengths),
-        f"{rows} x "
-        f"{' + '.join(map(str, lengths)) if len(lengths) < 2 else '(' + ' + '.join(map(str, lengths)) + ')'} " f"tokens x {token / 1e6:.2f} MB, measured on a tiny model")
+        f"{rows} x {tokens} tokens x {token / 1e6:.2f} MB, measured on a tiny model")
 
 # %% ../../nbs/31_memory.ipynb #d7edbab5
 def fine_tuning(c: RunConfig, s: Sizes, who: str) -> list[Item]:

@@ -10,8 +10,8 @@ import contextlib, csv, io, math, os, time
 from pathlib import Path
 from transformers.utils import logging as hf_logging
 from ..config import ConfigError, RunConfig
-from .results import run
 from .blueprints import Conventions, save_tiny
+from .results import run
 
 # %% ../../nbs/30_rehearsal.ipynb #e2634d96
 def rehearsal(config: RunConfig, teacher: str, student: str, folder: Path) -> RunConfig:
