@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 import nbformat, pytest
 from tiny_runs import tiny_parameters
-from mgsr_nb.run import command as mgsr_run
+from mgsr_nb.run import asked, command as mgsr_run
 from mgsr_nb.config import RunConfig, resolve
 from mgsr_nb.run.folder import finished, open_run
 
@@ -33,7 +33,7 @@ def project(tmp_path_factory, local_models, shared_cache):
     env = {**os.environ, "MGSR_CACHE": str(shared_cache), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython"))}
     env.pop("MPLBACKEND", None)   # `make test` sets it for figures outside of a kernel; a kernel draws inline by itself
     parameters = tiny_parameters("runs", local_models["llama"][0])
-    return SimpleNamespace(root=root, parameters=parameters, env=env, guarded={**env, "PYTHONPATH": str(guard)}, ipython=Path(env["IPYTHONDIR"]))
+    return SimpleNamespace(root=root, parameters=parameters, env=env, guarded={**env, "PYTHONPATH": os.pathsep.join(filter(None, (str(guard), env.get("PYTHONPATH"))))}, ipython=Path(env["IPYTHONDIR"]))
 
 def command(project, *words, env=None, **kw):
     return subprocess.run([str(BIN/words[0]), *words[1:]], cwd=project.root, env=env or project.env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=170, **kw)
@@ -55,14 +55,16 @@ def parameters_cell():
 @pytest.mark.pitfall(41, 42)
 def test_pitfall_41_the_parameters_cell_is_the_configuration():
     "Names, order, types, defaults, and comments: what a reader edits and what is validated cannot drift apart."
-    lines = [line for line in parameters_cell().splitlines() if line and not line.startswith("#")]
-    expected = []
+    source = parameters_cell()
+    assert source == asked.parameters_cell(), "paste what mgsr_nb.run.asked.parameters_cell() returns"
+    found = dict(re.findall(r"^(\w+): (.*?)(?=\n\w|\n# ---|\Z)", source, re.M | re.S))      # with the lines in which a comment goes on
     for name, field in FIELDS.items():
         kinds = get_args(field.annotation)
         literal = get_origin(field.annotation) is Literal
         kind = "str" if literal else "float" if type(None) in kinds else field.annotation.__name__
-        expected.append(f"{name}: {kind} = {field.default!r}  # {field.description}" + (f" [{', '.join(kinds)}]" if literal else ""))
-    assert lines == expected
+        expected = f"{kind} = {field.default!r}  # {field.description}" + (f" [{', '.join(kinds)}]" if literal else "")
+        assert re.sub(r"\n +#", "", found[name]) == expected
+    assert list(found) == list(FIELDS) and max(map(len, source.splitlines())) <= 100
 
 # --- wrong parameters
 
@@ -258,10 +260,12 @@ def test_a_command_line_that_papermill_refuses_ends_in_words(flags):
 
 @pytest.mark.pitfall(42)
 def test_pitfall_42_help_notebook_lists_every_parameter_with_its_meaning(project):
+    "Its first line, if the meaning is longer: papermill reads no further."
     done = command(project, "papermill", "--help-notebook", "nbs/train.ipynb")
     said = " ".join(done.stdout.split())
-    for name, field in FIELDS.items():
-        assert re.search(rf"\b{name}: ", said) and " ".join(field.description.split()) in said, name
+    for name in FIELDS:
+        line = next(line for line in parameters_cell().splitlines() if line.startswith(f"{name}: "))
+        assert re.search(rf"\b{name}: ", said) and line.split("  # ")[1] in said, name
     assert done.returncode == 0
 
 
