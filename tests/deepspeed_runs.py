@@ -20,11 +20,11 @@ def counted(make):
     return made
 
 def failing(step: int):
-    draw = R.trainer.Trainer.draw
+    draw = R.trainer.Writer.draw
     def drawn(self, at):
         if at + 1 == step: raise ValueError("the run is cut off")
         return draw(self, at)
-    R.trainer.Trainer.draw = drawn
+    R.trainer.Writer.draw = drawn
     return draw
 
 def main(folder: str):
@@ -35,7 +35,7 @@ def main(folder: str):
         try: R.results.run(resolve(parameters, run_name=name), cpu=True)
         except ValueError as e:
             if str(e) != "the run is cut off": raise
-        finally: R.trainer.Trainer.draw = draw
+        finally: R.trainer.Writer.draw = draw
         (Path(folder)/f"kind-{os.environ['RANK']}").write_text(str(PartialState().distributed_type))
 
 if __name__ == "__main__": main(*sys.argv[1:])

@@ -2,7 +2,8 @@
 import json, os, signal, time
 from pathlib import Path
 import torch
-from mgsr_nb import run as R, sampling as S
+from mgsr_nb import decoding as S, run as R
+import mgsr_nb.run.checkpoints
 import mgsr_nb.run.results
 import mgsr_nb.run.setup
 import mgsr_nb.run.trainer
@@ -10,7 +11,7 @@ from mgsr_nb.config import resolve
 from tiny_runs import plain
 
 # `writing` is every file that is renamed into place: the log, results, checkpoints, artefacts
-PLACES = {"anywhere": (R.results, "run"), "sampling": (S, "draw_tokens"), "update": (R.trainer.Trainer, "update"), "checkpoint": (R.trainer.Trainer, "save"), "pruning": (R.setup.shutil, "rmtree"),
+PLACES = {"anywhere": (R.results, "run"), "sampling": (S, "draw_tokens"), "update": (R.trainer.Trainer, "update"), "checkpoint": (R.checkpoints.Checkpoints, "save"), "pruning": (R.setup.shutil, "rmtree"),
           "log": (R.trainer, "write_csv"), "metrics": (R.results, "write_results"), "writing": (os, "replace")}
 
 def kill_soon(delay: float):
@@ -39,7 +40,7 @@ def remember_state(path: Path):
     fit = R.trainer.Trainer.fit
     def fitted(self, *args, **more):
         log = fit(self, *args, **more)
-        torch.save({"weights": self.distiller.state_dict(), "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "source": self.source.state_dict(),
+        torch.save({"weights": self.distiller.state_dict(), "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "source": self.writer.source.state_dict(),
                     "log": plain(log), "best": self.progress.best, "torch": torch.get_rng_state()}, path)
         return log
     R.trainer.Trainer.fit = fitted

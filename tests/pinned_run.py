@@ -7,7 +7,7 @@ from mgsr_nb import run as R
 import mgsr_nb.run.results
 from mgsr_nb.config import resolve
 from mgsr_nb.models import save_model
-from mgsr_nb.sampling import generator_for
+from mgsr_nb.decoding import generator_for
 from tiny_models import tiny_model
 from tiny_runs import numbers, plain, tiny_parameters, tokenizer_of
 

@@ -32,7 +32,7 @@ class Watched:
 
 def changed(seen: Watched, fail_at: int, killed: bool):
     "Samples stop early, and `seen` sees them; at step `fail_at` (from 1) process 1 raises, or is killed."
-    prepare, draw, fit = R.setup.prepare, R.trainer.Trainer.draw, R.trainer.Trainer.fit
+    prepare, draw, fit = R.setup.prepare, R.trainer.Writer.draw, R.trainer.Trainer.fit
     def stopping(*args):
         setup = prepare(*args)
         many_stops(setup)
@@ -48,7 +48,7 @@ def changed(seen: Watched, fail_at: int, killed: bool):
         log = fit(self, *args, **more)
         seen.weights = {n: p.detach().clone() for n, p in self.accelerator.unwrap_model(self.distiller).named_parameters()}
         return log
-    R.setup.prepare, R.trainer.Trainer.draw, R.trainer.Trainer.fit = stopping, drawn, fitted
+    R.results.prepare, R.trainer.Writer.draw, R.trainer.Trainer.fit = stopping, drawn, fitted
 
 def main(folder: str, port: str = ""):
     torch.set_num_threads(1)

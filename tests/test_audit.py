@@ -15,7 +15,7 @@ BAD = {"version": "1", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2"]}]}
 SKIPPED = {"skip_reason": "not found at the service"}
 
 CASES = [
-    ((0, report(("a", FINE), ("b", FINE)), ""), audit.CLEAR, "no known vulnerabilities in 2 packages"),
+    ((0, report(("a", FINE), ("b", FINE)), ""), audit.CLEAR, "no known vulnerabilities in 2 pack"),
     ((1, report(("a", FINE), ("b", BAD)), ""), audit.FOUND, "b 1: PYSEC-1, mended in 2"),
     ((0, report(("a", FINE), ("b", SKIPPED)), ""), audit.CLEAR, "not known to the service: b"),
     ((0, report(("a", SKIPPED), ("b", SKIPPED)), ""), audit.NOT_AUDITED, "NOT AUDITED"),

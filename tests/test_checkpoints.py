@@ -72,7 +72,7 @@ def test_old_checkpoints_go_only_when_the_new_one_was_read_back(start, monkeypat
         rename(part, whole)
         if "step-" in str(whole): cut(whole/"optimizer.bin")
     monkeypatch.setattr(R.checkpoints.os, "replace", lossy)
-    with pytest.raises(TrainingError, match="step 4: no checkpoint could be written .*optimizer.bin is not what was written.*step-000002, step-000003"): t.save()
+    with pytest.raises(TrainingError, match="step 4: no checkpoint could be written .*optimizer.bin is not what was written.*step-000002, step-000003"): t.checkpoints.save()
     assert steps(t) == [2, 3, 4]
     with pytest.warns(UserWarning, match="step-000004 is damaged"): assert start().resume() == 3
 
@@ -93,7 +93,7 @@ def test_a_full_disk_ends_the_run_in_words_and_leaves_what_was_there(start, smal
     size = (t.folder/"checkpoints/step-000003"/file).stat().st_size
     small_disk(size - 10)
     try:
-        with pytest.raises(TrainingError, match=r"^step 4: no checkpoint could be written to .*checkpoints \(.*\). Checkpoints that are there: step-000002, step-000003. Make room"): t.save()
+        with pytest.raises(TrainingError, match=r"^step 4: no checkpoint could be written to .*checkpoints \(.*\). Checkpoints that are there: step-000002, step-000003. Make room"): t.checkpoints.save()
     finally: small_disk(resource.RLIM_INFINITY)
     assert steps(t) == [2, 3] and start().resume() == 3
 
@@ -106,7 +106,7 @@ def test_a_file_that_torch_did_not_finish_is_noticed(start, monkeypatch, file):
         save(part)
         os.truncate(Path(part)/file, (Path(part)/file).stat().st_size - 10)
     monkeypatch.setattr(t.accelerator, "save_state", cut)
-    with pytest.raises(TrainingError, match=f"^step 4: no checkpoint could be written to .*not written to the end: {file}"): t.save()
+    with pytest.raises(TrainingError, match=f"^step 4: no checkpoint could be written to .*not written to the end: {file}"): t.checkpoints.save()
     assert steps(t) == [2, 3] and start().resume() == 3
 
 def test_a_file_that_does_not_fit_is_named_and_leaves_nothing(tmp_path, small_disk):

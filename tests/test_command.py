@@ -106,7 +106,7 @@ def test_pitfall_44_mgsr_run_makes_the_folder_and_goes_on_with_an_interrupted_ru
     trainer = Trainer(prepare(c, cpu=True), open_run(c))
     folder = trainer.folder
     def stop(row):
-        trainer.save()
+        trainer.checkpoints.save()
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): trainer.fit(stop)
     typed = {k: v for k, v in (project.parameters | more).items() if k != "runs_dir"}

@@ -8,7 +8,7 @@ from mgsr_nb.divergences import log_probs
 from mgsr_nb.objective import Evaluated, Objective, whole_rows
 from mgsr_nb.run.step import Distilled
 from mgsr_nb.run.setup import prepare
-from mgsr_nb.run.trainer import Trainer
+from mgsr_nb.run.trainer import Trainer, Writer
 from tiny_runs import save_pair, tiny_parameters, without_dropout
 
 
@@ -29,11 +29,11 @@ def dense(self, text, names, counts):
 def slow(monkeypatch):
     "Take every shortcut away."
     monkeypatch.setattr(Objective, "forward", dense)
-    look_at = Trainer.look_at
+    look_at = Writer.look_at
     def forget(self, *args):
         text, notes = look_at(self, *args)
         return Distilled(text.pairs, None, text.policy, text.corrected), notes      # the teacher reads the revised text again
-    monkeypatch.setattr(Trainer, "look_at", forget)
+    monkeypatch.setattr(Writer, "look_at", forget)
     once = scrg.SCRG._once
     def from_the_start(self, *args):
         sample = self.sample

@@ -36,7 +36,8 @@ def test_a_device_that_computes_something_else_is_noticed(parameters, monkeypatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_without_cuda_it_says_so_and_does_nothing():
-    done = subprocess.run([sys.executable, str(SCRIPT), "--quickstart", "--performance"],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    line = [sys.executable, str(SCRIPT), "--quickstart", "--performance"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
     assert "no CUDA device" in done.stdout

@@ -129,7 +129,7 @@ def test_replayed_rows_are_split_over_processes_like_one_process():
 def test_an_interrupted_off_policy_run_ends_with_the_same_weights_and_buffer(method, tmp_path, teacher):
     def trained(folder, stop=None):
         trainer = Trainer(prepare(tiny(tmp_path, teacher, method, max_steps=6, checkpoint_every=2), cpu=True), folder)
-        started = trainer.resume()
+        started = trainer.checkpoints.resume()
         class Killed(Exception): pass
         def on_step(row):
             if row["step"] == stop: raise Killed

@@ -7,7 +7,7 @@ from tiny_models import EOS, PAD, tiny_model
 from mgsr_nb.divergences import log_probs
 from mgsr_nb.minillm import Policy, PolicyGradient, importance, make_policy, returns
 from mgsr_nb.objective import Objective, Text, whole_rows
-from mgsr_nb.sampling import generate
+from mgsr_nb.decoding import generate
 
 INF = math.inf
 each_form = pytest.mark.parametrize("single_step", [True, False])

@@ -12,7 +12,7 @@ from mgsr_nb.config import ConfigError
 from mgsr_nb.tokens import collate, labels, supervised
 from mgsr_nb.files import artefact
 from mgsr_nb.models import BUILTIN, GGUF_INSTALL, GGUF_NAME, add_lora, base_model, block_influence, check_head, choose_layers, head_logits, hidden_states, load_model, load_tokenizer, model_path, resolve_precision, save_model, check_tokenizers, shared_vocabulary, stop_ids, truncate
-from mgsr_nb.sampling import generate
+from mgsr_nb.decoding import generate
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 PAIRS = [([11, 12, 13], [21, EOS]), ([14], [22, 23, EOS]), ([15, 16, 2, 17, 18], [24]), ([9, 8], [7, 6, 5, 4, 3, 30])]

@@ -131,7 +131,7 @@ def test_pitfall_46_a_run_that_papermill_cuts_off_is_not_finished_and_goes_on(pr
     monkeypatch.setenv("MGSR_CACHE", project.env["MGSR_CACHE"])
     c = config_of(project, **more)
     trainer = Trainer(prepare(c, cpu=True), open_run(c))
-    reached = trainer.resume()
+    reached = trainer.checkpoints.resume()
     assert reached >= 1 and trainer.step()["step"] == reached + 1
 
 @pytest.mark.pitfall(42)

@@ -4,11 +4,12 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from tiny_models import EOS, KINDS, PAD, tiny_model
-from mgsr_nb import sampling as S
+from mgsr_nb import decoding as S
 from mgsr_nb.data import Example
 from mgsr_nb.tokens import Encoded, collate, supervised
 from mgsr_nb.models import add_lora, base_model, decoder, hidden_states
-from mgsr_nb.sampling import Fixed, Mixed, OnPolicy, Reading, draw_tokens, evaluating, few_rows, generate, generator_for, noise, sampler
+from mgsr_nb.decoding import Reading, draw_tokens, evaluating, few_rows, generate, generator_for, noise
+from mgsr_nb.sampling import Fixed, Mixed, OnPolicy, sampler
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 V = 60

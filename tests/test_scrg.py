@@ -7,7 +7,8 @@ from mgsr_nb.config import RunConfig
 from mgsr_nb.tokens import collate, supervised
 from mgsr_nb.divergences import forward_kl, reverse_kl
 from mgsr_nb.models import hidden_states
-from mgsr_nb.sampling import OnPolicy, Reading, generator_for, sampler
+from mgsr_nb.decoding import Reading, generator_for
+from mgsr_nb.sampling import OnPolicy, sampler
 from mgsr_nb.scrg import DIRECTIONS, SCRG, AnyDifference, FirstAbove, MaxKL, Revision, Scorer, Scores, correction_html, corrected_prefix, error_position
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -155,7 +155,7 @@ def test_pitfall_26_micro_batches_change_nothing(trainer, kind, options):
     found = {}
     for micro in (0, 1, 2, 3):
         t = trainer(kind, torch.float64, many_stops, micro_batch_size=micro, **UNEQUAL, **options)
-        examples, text, _ = t.draw(0)
+        examples, text, _ = t.writer.draw(0)
         assert len({len(e.response_ids) for e in examples}) > 1 and (text == "data" or len({len(y) for _, y in text.pairs}) > 1)
         rows = [t.step(), t.step()]
         found[micro] = rows, state(t.distiller)
@@ -167,7 +167,7 @@ def test_pitfall_26_micro_batches_change_nothing(trainer, kind, options):
 @pytest.mark.pitfall(26)
 def test_pitfall_26_the_denominators_are_counted_after_generation(trainer):
     t = trainer("llama", change=many_stops, micro_batch_size=1, **UNEQUAL)
-    examples, text, _ = t.draw(0)
+    examples, text, _ = t.writer.draw(0)
     row = t.step()
     assert row["data_tokens"] == sum(len(e.response_ids) for e in examples) and row["distilled_tokens"] == sum(len(y) for _, y in text.pairs) < 4 * 8
     assert row["distilled_spans"] == sum(len(t.find_spans(y)) for _, y in text.pairs)
@@ -176,7 +176,7 @@ def test_pitfall_26_the_denominators_are_counted_after_generation(trainer):
 def test_pitfall_26_each_term_is_the_mean_over_the_whole_step(trainer):
     "Against the sequences one by one, added up by hand."
     t = trainer("llama", torch.float64, many_stops, micro_batch_size=3, sampling="fixed", scrg=False, **UNEQUAL)
-    examples, _, _ = t.draw(0)
+    examples, _, _ = t.writer.draw(0)
     total, tokens = 0., 0
     for e in examples:
         ids = torch.tensor([[*e.prompt_ids, *e.response_ids]])
@@ -258,7 +258,7 @@ def test_pitfall_28_the_nll_sees_ground_truth_only(trainer, monkeypatch, samplin
 def test_pitfall_28_other_samples_change_the_distillation_terms_and_not_the_nll(trainer):
     def row(junk):
         t = trainer("llama", scrg=False, span_weight=0.0)
-        if junk: t.source = lambda step, examples, rows: ([(e.prompt_ids, [7, 8, 9, 7]) for e in examples], "student")
+        if junk: t.writer.source = lambda step, examples, rows: ([(e.prompt_ids, [7, 8, 9, 7]) for e in examples], "student")
         return t.step()
     a, b = row(False), row(True)
     assert a["sft"] == b["sft"] and a["dac"] != b["dac"]
@@ -266,9 +266,9 @@ def test_pitfall_28_other_samples_change_the_distillation_terms_and_not_the_nll(
 @every_kind
 def test_what_is_distilled_on_is_the_revision_of_the_students_text(trainer, monkeypatch, kind):
     t, seen, micro_batches = trainer(kind, max_new_tokens=8), [], R.step.micro_batches
-    examples, text, notes = t.draw(0)
-    written, origin = t.source(0, examples, range(4))
-    revision = t.revise(0, written, range(4))
+    examples, text, notes = t.writer.draw(0)
+    written, origin = t.writer.source(0, examples, range(4))
+    revision = t.writer.revise(0, written, range(4))
     assert origin == "student" and text.pairs == revision.pairs != written and notes["scrg_corrected"] > 0 and revision.summary().items() <= notes.items()
     assert trainer(kind, scrg=False, max_new_tokens=8).draw(0)[1].pairs == written
     monkeypatch.setattr(R.trainer, "micro_batches", lambda examples, distilled, *a: seen.append(distilled) or micro_batches(examples, distilled, *a))
@@ -376,9 +376,9 @@ def test_pitfall_32_a_checkpoint_is_whole_or_not_there(config, monkeypatch):
         Path(folder).mkdir(parents=True); (Path(folder)/"model.safetensors").write_bytes(b"half")
         raise Interrupted
     monkeypatch.setattr(t.accelerator, "save_state", half)
-    with pytest.raises(Interrupted): t.save()
+    with pytest.raises(Interrupted): t.checkpoints.save()
     again = Trainer(prepare(c, cpu=True), t.folder)
-    assert again.resume() == 4
+    assert again.checkpoints.resume() == 4
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(config):
     c = config("llama", run_name="x")
@@ -418,7 +418,7 @@ def test_without_distillation_neither_the_teacher_nor_a_sample_is_computed(train
     t = trainer(kind, dac_weight=0.0, span_weight=0.0, micro_batch_size=2)
     monkeypatch.setattr(S, "generate", never("sampling"))
     for m in t.setup.teacher.modules(): m.register_forward_pre_hook(never("the teacher"))
-    t.source = t.revise = never("text for distillation")
+    t.writer.source = t.writer.revise = never("text for distillation")
     row = t.step()
     assert list(t.distiller.objective.terms) == ["sft"] and not list(t.distiller.objective.parameters())
     assert row["loss"] == pytest.approx(row["sft"], rel=1e-6) and row["distilled_tokens"] == 0 and not {"dac", "span", "kd", "pg"} & row.keys()
@@ -427,7 +427,7 @@ def test_without_distillation_neither_the_teacher_nor_a_sample_is_computed(train
                                             (dict(method="minillm"), 2), (dict(method="minillm", sft_weight=0.0), 1)])
 def test_only_texts_that_a_term_reads_go_through_the_student(trainer, weights, passes):
     t, calls = trainer("llama", **weights), []
-    examples, text, _ = t.draw(0)
+    examples, text, _ = t.writer.draw(0)
     base_model(t.setup.student).model.register_forward_pre_hook(lambda *a: calls.append(1))
     t.update(examples, text)
     assert len(calls) == passes and set(t.distiller.objective.terms) == {k for k in TERMS if getattr(t.config, f"{k}_weight") > 0}
@@ -445,7 +445,7 @@ def test_without_a_span_weight_no_phrase_is_looked_for(trainer, monkeypatch):
 def test_without_scrg_the_teacher_does_not_read_the_samples_before_the_update(trainer):
     t = trainer("llama", scrg=False)
     base_model(t.setup.teacher).model.register_forward_pre_hook(never("the teacher"))
-    t.draw(0)
+    t.writer.draw(0)
 
 # --- every choice
 
@@ -555,7 +555,7 @@ def test_the_trainer_cell_may_be_run_twice(config):
     t = Trainer(setup, open_run(c))
     with pytest.raises(Interrupted): t.fit(interrupt_at(3))
     again = Trainer(prepare(c, cpu=True), t.folder)
-    assert again.resume() == 2 and not [n for n, v in state(again.distiller.objective).items() if not torch.isfinite(v).all()]
+    assert again.checkpoints.resume() == 2 and not [n for n, v in state(again.distiller.objective).items() if not torch.isfinite(v).all()]
 
 def test_texts_longer_than_the_models_positions_are_refused_in_words(config):
     with pytest.raises(ConfigError, match="max_tokens|max_new_tokens"): run(config("gpt2", max_prompt_tokens=150, max_tokens=300, run_name="x"), cpu=True)

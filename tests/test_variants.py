@@ -130,7 +130,7 @@ def test_the_seconds_of_a_step_are_those_of_its_parts(trainer, monkeypatch, more
     t = trainer(**more)
     ticks = iter(range(10**6))
     monkeypatch.setattr(t.clock, "now", lambda: float(next(ticks)))
-    for _ in range(20 * ("generation" in parts)): t.source(-1, t.setup.train[:1], [0])       # an example that is shown before training is in no step
+    for _ in range(20 * ("generation" in parts)): t.writer.source(-1, t.setup.train[:1], [0])       # an example that is shown before training is in no step
     row, again = t.step(), t.step()
     found = {k.removeprefix("seconds_"): v for k, v in row.items() if k.startswith("seconds_")}
     assert found.keys() == parts and all(0 < v < row["seconds"] for v in found.values())
@@ -157,9 +157,9 @@ def log_p_of(model, prompt, response):
 def test_the_gain_of_scrg_is_that_of_a_naive_loop(trainer, micro, corrections):
     "Mean over the responses with text behind the correction: the teacher's mean log-probability of the new rest, less that of the old one."
     t = trainer("llama", torch.float64, many_stops, micro_batch_size=micro, batch_size=8, scrg_corrections=corrections, **{**UNEQUAL, "max_new_tokens": 16})
-    examples, text, _ = t.draw(0)
-    written, _ = t.source(0, examples, range(8))
-    revision, gains, mean = t.revise(0, written, range(8)), [], lambda x: sum(x) / len(x)
+    examples, text, _ = t.writer.draw(0)
+    written, _ = t.writer.source(0, examples, range(8))
+    revision, gains, mean = t.writer.revise(0, written, range(8)), [], lambda x: sum(x) / len(x)
     for (x, old), (_, new), j in zip(written, revision.pairs, revision.position):
         if j < 0 or len(old) <= j + 1 or len(new) <= j + 1: continue
         if corrections > 1 and old[:j] != new[:j]: continue
@@ -177,7 +177,7 @@ def test_the_teacher_does_not_read_a_text_again_for_the_update(trainer, more, re
     "It reads what the student wrote, and each revision of it; the update gets its hidden states."
     t, calls = trainer(sft_weight=0.0, **more), []
     R.step.decoder(t.setup.teacher).register_forward_pre_hook(lambda *a: calls.append(1))
-    examples, text, _ = t.draw(0)
+    examples, text, _ = t.writer.draw(0)
     assert len(calls) == reads
     t.update(examples, text)
     assert len(calls) == reads
@@ -202,7 +202,7 @@ ALIGNED = [dict(scrg=True), dict(scrg=True, scrg_corrections=3), dict(method="mi
 def test_pitfall_26_what_is_known_of_a_token_stays_with_it(trainer, kind, options):
     "After sorting, each micro-batch's hidden states, old probabilities and span weights are those of its own tokens, computed again from its ids."
     t = trainer(kind, torch.float64, many_stops, batch_size=7, **{**UNEQUAL, **options})
-    examples, text, _ = t.draw(0)
+    examples, text, _ = t.writer.draw(0)
     lengths = [len(x) + len(y) for x, y in text.pairs]
     assert len(set(lengths)) > 2 and lengths != sorted(lengths, reverse=True)
     models = {"q": t.setup.student.eval(), "p": t.setup.teacher}
@@ -222,7 +222,7 @@ def test_pitfall_26_what_is_known_of_a_token_stays_with_it(trainer, kind, option
             found = [pair_weights(t.find_spans(y.tolist()), len(y)) for y in ids.split(list(micro.lengths))]
             assert micro.pair_weight.tolist() == pytest.approx([w for ws, _ in found for w in ws]); spans += sum(n for _, n in found)
         assert sorted(seen) == sorted(y for _, y in text.pairs) and counts["distilled_tokens"] == sum(len(y) for _, y in text.pairs) and counts["distilled_spans"] == spans
-        assert (micros[0].teacher_hidden is not None) == (t.revise is not None or t.config.pg_weight > 0) and bool(micros[0].policy) == (t.config.pg_weight > 0)
+        assert (micros[0].teacher_hidden is not None) == (t.writer.revise is not None or t.config.pg_weight > 0) and bool(micros[0].policy) == (t.config.pg_weight > 0)
 
 @pytest.mark.pitfall(26)
 @pytest.mark.parametrize("options", ALIGNED, ids=["scrg", "three corrections", "minillm", "plain"])
@@ -231,7 +231,7 @@ def test_pitfall_26_the_loss_of_a_text_does_not_depend_on_order_and_cut(trainer,
     losses = []
     for micro, shift in ((0, 0), (1, 0), (2, 3), (3, 5), (0, 2)):
         t = trainer("opt", torch.float64, many_stops, batch_size=7, micro_batch_size=micro, **{**UNEQUAL, **options})
-        examples, text, _ = t.draw(0)
+        examples, text, _ = t.writer.draw(0)
         order = [(i + shift) % 7 for i in range(7)]
         text, examples = text.part(order), [examples[i] for i in order]
         with torch.no_grad():
@@ -246,7 +246,7 @@ def test_pitfall_26_the_loss_of_a_text_does_not_depend_on_order_and_cut(trainer,
 
 def test_a_part_of_a_text_is_all_of_what_is_known_of_its_responses(trainer):
     t = trainer("llama", torch.float64, many_stops, batch_size=6, **UNEQUAL)
-    _, text, _ = t.draw(0)
+    _, text, _ = t.writer.draw(0)
     text.policy = make_policy(torch.arange(len(text.teacher_hidden), dtype=torch.float64), torch.zeros(len(text.teacher_hidden), dtype=torch.float64), [len(y) for _, y in text.pairs])
     part, starts = text.part([4, 1]), [sum(len(y) for _, y in text.pairs[:b]) for b in range(6)]
     tokens = [*range(starts[4], starts[5]), *range(starts[1], starts[2])]
@@ -259,7 +259,7 @@ def test_pitfall_36_a_process_with_fewer_sequences_makes_as_many_passes_and_adds
     "Five sequences for two processes, in micro-batches of two: the second process has two, and an empty micro-batch, in which it must not wait, fail, or count."
     def update(number):
         t = trainer("llama", torch.float64, many_stops, batch_size=2, weight_decay=0.0, **{**UNEQUAL, **options})
-        examples, text, _ = t.draw(0)
+        examples, text, _ = t.writer.draw(0)
         micros, counts = micro_batches(examples, text, t.find_spans, t.setup.tokenizer.pad_token_id, 2, number, "cpu", t.config.sft_weight > 0)
         found = []
         for micro in micros:
@@ -284,7 +284,7 @@ def test_an_update_of_minillm_has_the_gradient_of_its_term_on_dense_logits(train
     "The student moved between writing and the update, so that the ratio is not 1. The ground truth's NLL is added, as configured."
     t = trainer(kind, torch.float64, many_stops, method="minillm", max_grad_norm=1e9, **{"micro_batch_size": 3, **{k: v for k, v in UNEQUAL.items() if k != "spans"}, **options})
     c, student, teacher, grads = t.config, t.setup.student, t.setup.teacher, {}
-    examples, text, _ = t.draw(0)
+    examples, text, _ = t.writer.draw(0)
     responses, lengths = [y for _, y in text.pairs], [len(y) for _, y in text.pairs]
     ids = torch.tensor([i for y in responses for i in y])
     pick = lambda log: log.gather(-1, ids[:, None])[:, 0]
@@ -311,7 +311,7 @@ def test_the_teacher_helps_to_write_with_its_share_and_only_in_training(trainer,
     shares, generate = [], S.generate
     monkeypatch.setattr(S, "generate", lambda *a, **k: shares.append([x[1] for x in a if isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], float)]) or generate(*a, **k))
     t = trainer(method="minillm", teacher_mix=0.3)
-    t.draw(0)
+    t.writer.draw(0)
     assert shares == [[0.3]]
     R.results.scores(t.setup, t.setup.student)
     assert shares[1:] and all(s == [0.0] for s in shares[1:])

@@ -198,10 +198,10 @@ def sampling(x, revised):
     trainer, steps, rows = x.trainer(method='mgsr'), itertools.count(), list(range(x.batch))
     def step():
         n = next(steps)
-        pairs, _ = trainer.source(n, x.setup.train[:x.batch], rows)
+        pairs, _ = trainer.writer.source(n, x.setup.train[:x.batch], rows)
         written = [len(y) for _, y in pairs]
         if revised:
-            with trainer.accelerator.autocast(): revision = trainer.revise(n, pairs, rows)
+            with trainer.accelerator.autocast(): revision = trainer.writer.revise(n, pairs, rows)
             written += [len(y) - j for (_, y), j in zip(revision.pairs, revision.position) if j >= 0]
         return sum(written) / x.batch
     return step
@@ -210,9 +210,9 @@ def sampling(x, revised):
 def score(x):
     "What both models' reading and comparing of such texts takes by itself; what is left of `generate_and_scrg` is the student's writing."
     trainer, rows = x.trainer(method='mgsr'), list(range(x.batch))
-    pairs, _ = trainer.source(0, x.setup.train[:x.batch], rows)
+    pairs, _ = trainer.writer.source(0, x.setup.train[:x.batch], rows)
     def step():
-        with trainer.accelerator.autocast(): return trainer.revise.scorer(pairs, [(0, 'teacher', 0, row, 0) for row in rows]).kl.mean()
+        with trainer.accelerator.autocast(): return trainer.writer.revise.scorer(pairs, [(0, 'teacher', 0, row, 0) for row in rows]).kl.mean()
     return step
 
 def forward(x, model, ids):
@@ -249,7 +249,7 @@ def floor_teacher(x):
 def floor_decode(x):
     "The student writes the response tokens, the likeliest one each time, with a cache, its products in the faster of the ways that we know."
     import torch
-    from mgsr_nb.sampling import few_rows
+    from mgsr_nb.decoding import few_rows
     prompts, student = x.tokens()[:, :x.o.prompt_tokens], x.setup.student
     def step():
         student.eval()
@@ -276,8 +276,8 @@ def whole_step(x, choice=None, **parameters):
     "An optimiser step of a method. Those that draw between sources always draw the same one here: `choice`, or the student's own text."
     trainer = x.trainer(**parameters)
     if choice:
-        trainer.source.remember([(e.prompt_ids, e.response_ids) for e in x.setup.train])
-        trainer.source.choice = lambda step: choice
+        trainer.writer.source.remember([(e.prompt_ids, e.response_ids) for e in x.setup.train])
+        trainer.writer.source.choice = lambda step: choice
     def step():
         x.setup.student.train()
         return trainer.step()['loss']

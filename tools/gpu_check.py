@@ -40,12 +40,12 @@ def losses(parameters: dict, device: str, precision: str, texts=None):
     trainer = trainer_of(parameters, device, precision)
     config, found, used = trainer.setup.config, [], []
     for step in range(2):
-        if texts is None: examples, text, _ = trainer.draw(step)
+        if texts is None: examples, text, _ = trainer.writer.draw(step)
         else:
             examples, text, _ = texts[step]
             # only the words: hidden states and constants of the policy are this device's own
             if isinstance(text, Distilled) and config.pg_weight:
-                text = trainer.look_at(step, text.pairs, range(config.batch_size))[0]
+                text = trainer.writer.look_at(step, text.pairs, range(config.batch_size))[0]
             elif isinstance(text, Distilled): text = Distilled(text.pairs)
         used.append((examples, text, None))
         found.append(trainer.update(examples, text)["loss"])

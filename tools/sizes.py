@@ -28,7 +28,9 @@ def too_long(path):
 def wide_lines(notebook):
     "(cell, line) of the code cells that are exported or shown, for the lines over the bound."
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
-    sources = {c['id']: ''.join(c['source']) for c in cells if c['cell_type'] == 'code'}
+    # the parameters cell is a table: papermill reads each meaning from the line of its parameter
+    sources = {c['id']: ''.join(c['source']) for c in cells
+               if c['cell_type'] == 'code' and 'parameters' not in c.get('metadata', {}).get('tags', [])}
     return [(f'{notebook.name} {cell}', line) for cell, source in sources.items()
             if not HIDDEN.match(source) for line in source.split('\n') if len(line) > LINE and not line.startswith('#|')]
 

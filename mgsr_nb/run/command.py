@@ -11,7 +11,7 @@ import json, os, sys, tempfile
 from pathlib import Path
 from typing import Callable, Optional, Sequence
 import click
-from ..config import ConfigError, RunConfig, _allowed, resolve
+from ..config import ConfigError, RunConfig, allowed_values, resolve
 from ..files import project_root
 from .folder import open_run
 
@@ -115,7 +115,8 @@ def main() -> None:
     if {"-h", "--help"} & set(flags):
         print("usage: mgsr-run [-p NAME VALUE]... (and papermill's other flags)\n\nparameters:")
         for name, field in RunConfig.model_fields.items():
-            print(f"  {name:20} {field.description} [{_allowed(name)}; default {field.default!r}]")
+            allowed = f"{allowed_values(name)}; default {field.default!r}"
+            print(f"  {name:20} {field.description} [{allowed}]")
         return
     try: folder = run_command(flags)
     except ConfigError as e: said, status = str(e), 2

@@ -9,7 +9,6 @@ __all__ = ['shapes', 'heat_strip', 'gradient_norms']
 import html
 from typing import Sequence
 import pandas as pd
-import torch
 from torch import Tensor, nn
 from ..models import LAYER
 
@@ -23,14 +22,15 @@ def heat_strip(tokens: Sequence[str], values: Sequence[float], title: str = "",
         marked: Sequence[bool] = ()) -> str:
     """HTML of a text whose tokens are coloured by their values, from 0 (clear) to the largest;
     `marked` ones are underlined. The value appears under the pointer."""
-    top, marked = max([*values, 1e-12]), list(marked) or [False] * len(tokens)
-    def piece(token, value, mark):
-        line = "text-decoration:underline;" if mark else ""
+    top = max([*values, 1e-12])
+    pieces = []
+    for token, value, mark in zip(tokens, values, list(marked) or [False] * len(tokens)):
+        strength = .6 * max(value, 0) / top
+        style = f"background:rgba(217,102,13,{strength:.2f});"
+        if mark: style += "text-decoration:underline;"
         shown = html.escape(token).replace("\n", "↵")
-        return (f'<span title="{value:.3f}" '
-            f'style="background:rgba(217,102,13,{.6 * max(value, 0) / top:.2f});{line}">{shown}</span>')
-    return ('<p '
-        f'style="white-space:pre-wrap">{html.escape(title)}{"".join(map(piece, tokens, values, marked))}</p>')
+        pieces.append(f'<span title="{value:.3f}" style="{style}">{shown}</span>')
+    return f'<p style="white-space:pre-wrap">{html.escape(title)}{"".join(pieces)}</p>'
 
 def gradient_norms(model: nn.Module) -> pd.Series:
     """Norm of the gradient of each decoder layer, and of the rest (embedding with the tied head,

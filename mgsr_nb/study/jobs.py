@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Sequence
 from filelock import FileLock, Timeout
-from ..config import ConfigError, RunConfig, _nearest, resolve
+from ..config import ConfigError, RunConfig, nearest, resolve
 from ..files import project_root, write_atomic, write_json
 from ..run.folder import finished, open_run, recorded_digests, run_folder, run_name, runs_root
 from ..run.command import execute_whole
@@ -58,12 +58,12 @@ def jobs_of(suite: str, seeds: Sequence[int] = (0,), preset: str = PRESET,
     Raises `ConfigError` for an unknown suite or cell, a wrong parameter, or two cells that are the
     same run under this preset."""
     if suite not in SUITES:
-        raise ConfigError(f"suite: there is no {suite!r}{_nearest(suite, SUITES)}; allowed: "
+        raise ConfigError(f"suite: there is no {suite!r}{nearest(suite, SUITES)}; allowed: "
             f"{', '.join(SUITES)}")
     described = SUITES[suite]
     for cell in cells:
         if cell not in described.cells:
-            raise ConfigError(f"cells: {suite} has no {cell!r}{_nearest(cell, described.cells)}; "
+            raise ConfigError(f"cells: {suite} has no {cell!r}{nearest(cell, described.cells)}; "
                 f"allowed: {', '.join(described.cells)}")
     if not seeds:
         raise ConfigError("seeds: none given; allowed: a number of seeds, or a list of them")

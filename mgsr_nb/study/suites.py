@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 from ..presets import METHODS
-from ..config import ConfigError, _nearest
+from ..config import ConfigError, nearest
 
 # %% ../../nbs/40_suites.ipynb #30ed7cd0
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Suite:
             *(n for c in self.claims for n in (c.better, c.worse))]
         for name in named:
             if name not in self.cells:
-                raise ConfigError(f"suite: {name!r} is no cell of it{_nearest(name, self.cells)}; "
+                raise ConfigError(f"suite: {name!r} is no cell of it{nearest(name, self.cells)}; "
                     f"its cells: {', '.join(self.cells)}")
 
 # %% ../../nbs/40_suites.ipynb #3e274f39
@@ -60,7 +60,7 @@ loss_weights = Suite(
 
 # %% ../../nbs/40_suites.ipynb #c028d15c
 def learned_means(folder: Path) -> dict:
-    "`learned_limits` of a finished run (notebook 27)."
+    "`learned_limits` of a finished run (notebook 28)."
     from mgsr_nb.run.results import learned_limits
     return learned_limits(folder)
 
