@@ -32,7 +32,7 @@ class RunParameters(BaseModel):
     preset: str = choice("quickstart", "named set of defaults, see PRESETS")
     method: str = choice("mgsr", "the method or a baseline, as a set of parameters, see METHODS")
     run_name: str = choice("",
-        "folder below runs_dir; empty: made of the parameters that differ from the preset")
+        "folder below runs_dir; empty: made of what differs from the preset")
     runs_dir: str = choice("runs",
         "where runs are written; a relative path starts at the project's root")
     overwrite: bool = choice(False,
@@ -76,7 +76,12 @@ class DataParameters(PairParameters):
         "responses of the training data: as they are, or written once by the teacher (SeqKD)")
     template: Literal["alpaca", "chat"] = choice("alpaca",
         "prompt template: the paper's, or the teacher's own")
-    max_prompt_tokens: int = number(128, "longer prompts lose their beginning", ge=8)
+    chat_date: str = choice("2024-07-26",
+        "the day (year-month-day) that is today to a chat template which asks, for template chat")
+    max_prompt_tokens: int = number(128, "longer prompts are shortened, see shorten", ge=8)
+    shorten: Literal["middle", "end", "beginning"] = choice("middle",
+        "what a prompt that is too long loses: the middle or the end of its input (if that does "
+        "not suffice, the example is dropped), or its own beginning, as in runs before this choice")
     max_tokens: int = number(192, "prompt and response together", ge=16)
     max_train_examples: int = number(0, "use only so many training examples; 0: all", ge=0)
 
@@ -107,9 +112,9 @@ class ClipParameters(LossParameters):
     clip: Literal["learned", "fixed_quantile", "fixed_percentile", "top_fraction",
         "none"] = choice("learned", "what decides which classes DAC-KL keeps")
     clip_upper: Optional[float] = number(None,
-        "upper limit u (learned: its start); None: 0.95, for fixed_percentile 0.90", ge=0, le=1)
+        "upper limit u (learned: its start); None: 0.95, fixed_percentile: 0.90", ge=0, le=1)
     clip_lower: Optional[float] = number(None,
-        "lower limit l (learned: its start); None: 0.05, for fixed_percentile 0.10", ge=0, le=1)
+        "lower limit l (learned: its start); None: 0.05, fixed_percentile: 0.10", ge=0, le=1)
     clip_reading: Literal["value", "rank", "mass"] = choice("value",
         "what u and l are compared with: a class's probability (value), its rank as a share of the "
         "classes (rank) or of the mass (mass); notebook 08, Three readings")

@@ -11,7 +11,7 @@ import re, shutil
 from pathlib import Path
 from typing import Optional
 from ..presets import METHODS, PRESETS
-from ..config import ConfigError, ELSEWHERE, RunConfig
+from ..config import BEFORE, ConfigError, ELSEWHERE, RunConfig
 from ..files import project_root, read_json, write_json
 
 # %% ../../nbs/20_folder.ipynb #fb6be7c6
@@ -55,11 +55,11 @@ def recorded_digests(folder: Path) -> list[str]:
     by this version, and, if precision was `auto`, of the precision that the finished run computed
     in.
 
-    So a parameter that is newer than the run has its default there. (A new parameter's default must
-    therefore be what was done before it.)"""
+    So a parameter that is newer than the run has its default there, or, if its default is not what
+    was done before it, its value in `BEFORE`."""
     record = Path(folder)/"config.json"
     if not record.is_file(): return []
-    content = read_json(record)
+    content = {**BEFORE, **read_json(record)}
     written = content.pop("digest", "unknown")
     try: config = RunConfig(**{k: v for k, v in content.items() if k not in ELSEWHERE})
     except ValueError: return [written]       # it has a parameter or a value that is gone
