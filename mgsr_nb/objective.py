@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rows', 'whole_rows', 'NLL', 'Divergence', 'DAC', 'Span', 'softmax_and_log', 'Student', 'Text', 'is_plain',
-           'through_head', 'Sweep', 'Evaluated', 'Objective']
+           'through_head', 'add_product', 'Sweep', 'Evaluated', 'Objective']
 
 # %% ../nbs/10_objective.ipynb #12990a48
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from .divergences import DIVERGENCES, LOGIT_FLOOR, at_least_float32
+from .divergences import DIVERGENCES, LOGIT_FLOOR, at_least_float32, below_top
 from .dac_kl import DACKL
 from .span import relation_of
 
@@ -81,8 +81,7 @@ class Span(nn.Module):
 def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities and log-probabilities (n, V) of logits, with one exponential for both: what
     `log_probs` gives, and its exponential. Without a graph."""
-    z = at_least_float32(logits.detach()).clamp_min(LOGIT_FLOOR)
-    z.sub_(z.amax(-1, keepdim=True))
+    z = below_top(at_least_float32(logits.detach()))
     x = z.exp()
     total = x.sum(-1, keepdim=True)
     return x.div_(total), z.sub_(total.log())
@@ -108,8 +107,9 @@ class Student:
         if q is not None: slope[:n].addcmul_(q, self.q[:n])
         if next_q is not None: slope[1:].addcmul_(next_q, self.q[1:])
         slope.addcmul_(self.q, slope.sum(-1, keepdim=True), value=-1)
-        # below it a logit counts as the floor, and does not move it
-        return slope.mul_(self.logits.clone().ge_(LOGIT_FLOOR))
+        # so far below the largest a logit counts as the floor, and does not move it
+        floor = self.logits.amax(-1, keepdim=True) + LOGIT_FLOOR
+        return slope.mul_(self.logits.clone().ge_(floor))
 
 # %% ../nbs/10_objective.ipynb #66b5b6fc
 @dataclass
@@ -152,12 +152,17 @@ def through_head(head: nn.Module, hidden: Tensor, logits: Tensor, slope: Tensor,
     if is_plain(head) and hidden.dtype == logits.dtype == head.weight.dtype:
         weight = head.weight.detach()[:logits.shape[-1]]
         if head.weight in totals:
-            totals[head.weight][:logits.shape[-1]].addmm_(slope.T, hidden.detach())
+            add_product(totals[head.weight][:logits.shape[-1]], slope.T, hidden.detach())
         return slope @ weight
     trained = [p for p in head.parameters() if p in totals]
     to_hidden, *found = torch.autograd.grad(logits, [hidden, *trained], slope)
     for p, gradient in zip(trained, found): totals[p] += gradient
     return to_hidden
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    "Add `a @ b` to `total`, which may be more precise than the product."
+    if total.dtype == a.dtype: total.addmm_(a, b)
+    else: total += a @ b
 
 # %% ../nbs/10_objective.ipynb #ff763b0d
 class Sweep:
@@ -180,7 +185,8 @@ class Sweep:
             dtype=torch.promote_types(self.text.student_hidden.dtype, torch.float32))
         if gradients:
             self.to_hidden = torch.zeros_like(self.text.student_hidden)
-            self.totals = {p: torch.zeros_like(p) for p in self.trained}
+            # chunk after chunk is added: in bfloat16 small ones would be lost
+            self.totals = {p: at_least_float32(torch.zeros_like(p)) for p in self.trained}
         for start in range(0, max(n, 1), self.chunk):
             self.visit_chunk(start, min(start + self.chunk, n))
         return self.loss
@@ -237,7 +243,7 @@ class _HandOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sweep: Sweep, hidden: Tensor, *trained: Tensor) -> Tensor:
         loss = sweep.run(gradients=True)
-        ctx.found = [sweep.to_hidden, *(sweep.totals.pop(p) for p in sweep.trained)]
+        ctx.found = [sweep.to_hidden, *(sweep.totals.pop(p).to(p.dtype) for p in sweep.trained)]
         return loss
 
     @staticmethod
