@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rows', 'whole_rows', 'NLL', 'Divergence', 'DAC', 'Span', 'softmax_and_log', 'Student', 'Text', 'is_plain',
-           'through_head', 'add_product', 'Sweep', 'Evaluated', 'Objective']
+           'through_head', 'Sweep', 'Evaluated', 'Objective']
 
 # %% ../nbs/10_objective.ipynb #12990a48
 from dataclasses import dataclass
@@ -87,8 +87,8 @@ def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
     return x.div_(total), z.sub_(total.log())
 
 class Student:
-    """The student's part of the rows, cut off from m logits (m, V) for n labels, m = n or n + 1:
-    `leaves` for the terms, and `to_logits` for their gradients."""
+    """The student's part of the rows, cut off from logits (n or n + 1, V) for n labels: `leaves`
+    for the terms, and `to_logits` for their gradients."""
     def __init__(self, logits: Tensor, labels: Tensor, gradients: bool):
         n, (self.q, log_q) = len(labels), softmax_and_log(logits)
         self.logits, self.labels = logits, labels[:, None]
@@ -99,8 +99,7 @@ class Student:
 
     def to_logits(self, log_q: Optional[Tensor], q: Optional[Tensor], label_log_q: Optional[Tensor],
             next_q: Optional[Tensor]) -> Tensor:
-        """The gradient (m, V) of the logits from those of the leaves, None for a leaf that no term
-        read."""
+        "The gradient of the logits from those of the leaves, None for one that no term read."
         slope, n = torch.zeros_like(self.q), len(self.labels)
         if log_q is not None: slope[:n] = log_q
         if label_log_q is not None: slope[:n].scatter_add_(-1, self.labels, label_log_q[:, None])
@@ -152,17 +151,14 @@ def through_head(head: nn.Module, hidden: Tensor, logits: Tensor, slope: Tensor,
     if is_plain(head) and hidden.dtype == logits.dtype == head.weight.dtype:
         weight = head.weight.detach()[:logits.shape[-1]]
         if head.weight in totals:
-            add_product(totals[head.weight][:logits.shape[-1]], slope.T, hidden.detach())
+            total = totals[head.weight][:logits.shape[-1]]
+            if total.dtype == slope.dtype: total.addmm_(slope.T, hidden.detach())
+            else: total += slope.T @ hidden.detach()
         return slope @ weight
     trained = [p for p in head.parameters() if p in totals]
     to_hidden, *found = torch.autograd.grad(logits, [hidden, *trained], slope)
     for p, gradient in zip(trained, found): totals[p] += gradient
     return to_hidden
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    "Add `a @ b` to `total`, which may be more precise than the product."
-    if total.dtype == a.dtype: total.addmm_(a, b)
-    else: total += a @ b
 
 # %% ../nbs/10_objective.ipynb #ff763b0d
 class Sweep:
@@ -260,8 +256,7 @@ class Evaluated(NamedTuple):
     loss: Tensor                    # scalar, Eq. 11
     sums: dict[str, Tensor]         # the terms' sums over the rows, before weights and division
     notes: dict[str, Tensor]        # sums of the diagnostics, and of their squares
-    # (N,) teacher's log-probability of each token; None where no term needed the teacher
-    label_log_p: Optional[Tensor]
+    label_log_p: Optional[Tensor]   # (N,) the teacher's, of each token; None without a teacher
 
 class Objective(nn.Module):
     """Eq. 11: the terms by name, their weights, and how many rows are projected at once.
@@ -280,7 +275,6 @@ class Objective(nn.Module):
         return [name for name, term in self.terms.items() if term.text in texts]
 
     def block(self, device: torch.device) -> int:
-        "Rows of a block on `device`."
         small = sum(p.numel() for p in self.parameters()) < 1e6
         return self.block_rows or (16 if device.type == "cpu" and small else self.chunk_tokens)
 

@@ -1,8 +1,9 @@
-import os
+import os, shutil
 os.environ["HF_HUB_OFFLINE"] = "1"          # before huggingface_hub is imported: no test may ask the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 import pytest, torch
 torch.set_num_threads(1)    # the models are tiny: more threads only wait for each other
 
@@ -33,6 +34,29 @@ def config(request, tmp_path, monkeypatch, local_models, shared_cache):
         replays = "off_policy" in (more.get("sampling"), METHODS[more.get("method", "mgsr")].get("sampling"))
         return resolve(tiny_parameters(tmp_path/"runs", teacher, **{**(dict(threshold_start=0.9, buffer_size=4) if replays else {}), **more}))
     return make
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, local_models, shared_cache):
+    """A copy of what a clone has (the notebook and nothing else), the parameters of a tiny run, and
+    the environment of its commands.
+
+    `guarded` is an environment in which importing torch is an error."""
+    from tiny_runs import tiny_parameters
+    from commands import ROOT
+    root, guard = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("guard")
+    (root/"nbs").mkdir()
+    shutil.copy(ROOT/"nbs"/"train.ipynb", root/"nbs")
+    (guard/"torch").mkdir()
+    (guard/"torch"/"__init__.py").write_text("raise SystemError('torch was imported')")
+    ipython = tmp_path_factory.mktemp("ipython")
+    env = {**os.environ, "MGSR_CACHE": str(shared_cache), "OMP_NUM_THREADS": "1",
+           "PYTHONWARNINGS": "ignore", "IPYTHONDIR": str(ipython)}
+    # `make test` sets it for figures outside of a kernel; a kernel draws inline by itself
+    env.pop("MPLBACKEND", None)
+    guarded = os.pathsep.join(filter(None, [str(guard), os.environ.get("PYTHONPATH")]))
+    return SimpleNamespace(root=root, env=env, guarded={**env, "PYTHONPATH": guarded},
+                           ipython=ipython,
+                           parameters=tiny_parameters("runs", local_models["llama"][0]))
 
 @pytest.fixture(scope="module")
 def loaded(): return {}

@@ -1,4 +1,5 @@
-"tools/gpu_check.py: compares the CPU with itself here, notices a difference, and does nothing without CUDA."
+"""tools/gpu_check.py: compares the CPU with itself here, notices a difference, and does nothing
+without CUDA."""
 import importlib.util, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
@@ -13,7 +14,9 @@ spec.loader.exec_module(gpu_check)
 @pytest.fixture
 def parameters(tmp_path, monkeypatch):
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"cache"))
-    return dict(teacher=save_pair(tmp_path, "gpt2")[0], student_layers=2, max_prompt_tokens=40, max_tokens=100, max_new_tokens=4, max_train_examples=8, chunk_tokens=50, sub_top_k=8, learning_rate=1e-3)
+    return dict(teacher=save_pair(tmp_path, "gpt2")[0], student_layers=2, max_prompt_tokens=40,
+                max_tokens=100, max_new_tokens=4, max_train_examples=8, chunk_tokens=50,
+                sub_top_k=8, learning_rate=1e-3)
 
 def test_every_method_is_compared_and_the_cpu_agrees_with_itself(parameters):
     lines = []
@@ -33,5 +36,8 @@ def test_a_device_that_computes_something_else_is_noticed(parameters, monkeypatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_without_cuda_it_says_so_and_does_nothing():
-    done = subprocess.run([sys.executable, str(SCRIPT), "--quickstart", "--performance"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "no CUDA device" in done.stdout and len(done.stdout.splitlines()) == 1
+    line = [sys.executable, str(SCRIPT), "--quickstart", "--performance"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
+    assert "no CUDA device" in done.stdout

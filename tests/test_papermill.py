@@ -1,50 +1,11 @@
 """The training notebook as a command: what papermill does with it, what it refuses, what it leaves behind. Tiny models; a kernel for each run."""
-import json, os, re, shutil, subprocess, sys
+import ast, json, re, subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 import nbformat, pytest
-from tiny_runs import tiny_parameters
-from mgsr_nb.run import command as mgsr_run
-from mgsr_nb.config import RunConfig, resolve
+from commands import BIN, FIELDS, ROOT, WRONG, command, config_of, errors, flags, text_of
+from mgsr_nb.run import asked
 from mgsr_nb.run.folder import finished, open_run
-
-ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
-FIELDS = RunConfig.model_fields
-WRONG = {  # what is typed -> the parameter that the message begins with, and a word of the message
-    "typo": ("-p dac_wieght 0.5", "dac_wieght", "did you mean 'dac_weight'?"), "word": ("-p dac_weight high", "dac_weight", "allowed: a number >= 0"),
-    "negative": ("-p dac_weight -1", "dac_weight", "allowed: a number >= 0"), "limits": ("-p clip_upper 0.1 -p clip_lower 0.9", "clip_lower", "clip_upper: 0.1"),
-    "preset": ("-p preset nope", "preset", "allowed: one of quickstart"), "text": ("-p scrg true", "scrg", "True or False")}
-
-def flags(parameters): return [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, local_models, shared_cache):
-    """A copy of what a clone has (the notebook and nothing else), the parameters of a tiny run, and the environment of its commands.
-
-    `guarded` is an environment in which importing torch is an error."""
-    root = tmp_path_factory.mktemp("project")
-    (root/"nbs").mkdir()
-    shutil.copy(ROOT/"nbs"/"train.ipynb", root/"nbs")
-    guard = tmp_path_factory.mktemp("guard")
-    (guard/"torch").mkdir(); (guard/"torch"/"__init__.py").write_text("raise SystemError('torch was imported')")
-    env = {**os.environ, "MGSR_CACHE": str(shared_cache), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython"))}
-    env.pop("MPLBACKEND", None)   # `make test` sets it for figures outside of a kernel; a kernel draws inline by itself
-    parameters = tiny_parameters("runs", local_models["llama"][0])
-    return SimpleNamespace(root=root, parameters=parameters, env=env, guarded={**env, "PYTHONPATH": str(guard)}, ipython=Path(env["IPYTHONDIR"]))
-
-def command(project, *words, env=None, **kw):
-    return subprocess.run([str(BIN/words[0]), *words[1:]], cwd=project.root, env=env or project.env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=170, **kw)
-
-def config_of(project, **more):
-    "The configuration of a run of the project, for calls in this process."
-    return resolve(project.parameters | dict(runs_dir=str(project.root/"runs")) | more)
-
-def errors(notebook): return [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
-
-def text_of(notebook): return "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
 
 # --- the parameters cell
 
@@ -55,14 +16,16 @@ def parameters_cell():
 @pytest.mark.pitfall(41, 42)
 def test_pitfall_41_the_parameters_cell_is_the_configuration():
     "Names, order, types, defaults, and comments: what a reader edits and what is validated cannot drift apart."
-    lines = [line for line in parameters_cell().splitlines() if line and not line.startswith("#")]
-    expected = []
+    source = parameters_cell()
+    assert source == asked.parameters_cell(), "paste what mgsr_nb.run.asked.parameters_cell() returns"
+    found = dict(re.findall(r"^(\w+): (.*?)(?=\n\w|\n# ---|\Z)", source, re.M | re.S))      # with the lines in which a comment goes on
     for name, field in FIELDS.items():
         kinds = get_args(field.annotation)
         literal = get_origin(field.annotation) is Literal
         kind = "str" if literal else "float" if type(None) in kinds else field.annotation.__name__
-        expected.append(f"{name}: {kind} = {field.default!r}  # {field.description}" + (f" [{', '.join(kinds)}]" if literal else ""))
-    assert lines == expected
+        expected = f"{kind} = {field.default!r}  # {field.description}" + (f" [{', '.join(kinds)}]" if literal else "")
+        assert re.sub(r"\n +#", "", found[name]) == expected
+    assert list(found) == list(FIELDS) and max(map(len, source.splitlines())) <= 100
 
 # --- wrong parameters
 
@@ -93,63 +56,6 @@ def test_pitfall_42_the_guard_against_torch_works(project):
     done = command(project, "python", "-c", "import mgsr_nb.config, mgsr_nb.run.command, mgsr_nb.study.suites, mgsr_nb.run.trainer", env=project.guarded)
     assert "torch was imported" in done.stderr
     assert command(project, "python", "-c", "import mgsr_nb.config, mgsr_nb.run.command, mgsr_nb.study.suites", env=project.guarded).returncode == 0
-
-@pytest.mark.pitfall(42)
-@pytest.mark.parametrize("name", WRONG)
-def test_pitfall_42_mgsr_run_refuses_with_status_2_and_without_a_kernel(project, name, monkeypatch, capsys):
-    monkeypatch.chdir(project.root)
-    monkeypatch.setattr(sys, "argv", ["mgsr-run", *WRONG[name][0].split()])
-    before = sorted(project.root.rglob("*"))
-    with pytest.raises(SystemExit) as end: mgsr_run.main()
-    said = capsys.readouterr()
-    assert end.value.code == 2 and said.err.startswith(f"mgsr-run: {WRONG[name][1]}: ") and WRONG[name][2] in said.err and "Traceback" not in said.err
-    assert not said.out and sorted(project.root.rglob("*")) == before
-
-@pytest.mark.pitfall(42)
-def test_pitfall_42_the_console_script_says_it_in_a_terminal(project):
-    done = command(project, "mgsr-run", "-p", "dac_wieght", "0.5", env=project.guarded)
-    assert done.returncode == 2 and done.stderr.startswith("mgsr-run: dac_wieght: there is no such parameter (did you mean 'dac_weight'?)")
-
-def test_mgsr_run_outside_of_a_project_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path); monkeypatch.setattr(sys, "argv", ["mgsr-run"])
-    with pytest.raises(SystemExit) as end: mgsr_run.main()
-    assert end.value.code == 2 and "inside a clone of the project" in capsys.readouterr().err
-
-def test_mgsr_run_help_lists_the_parameters(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mgsr-run", "--help"])
-    mgsr_run.main()
-    said = capsys.readouterr().out
-    for name, field in FIELDS.items(): assert re.search(rf"^  {name} +{re.escape(field.description)} \[.*; default {re.escape(repr(field.default))}\]$", said, re.M), name
-    assert "[one of value, rank, mass; default 'value']" in said
-
-def test_an_interrupted_run_says_what_the_same_command_will_do(tmp_path, monkeypatch, capsys):
-    "Ctrl-C reaches papermill, which click turns into its own exception."
-    import click
-    def interrupted(folder, execute): raise click.exceptions.Abort
-    monkeypatch.setattr(mgsr_run, "execute_whole", interrupted)
-    for steps, words in (([], "begins again, since there is no checkpoint"), ([2, 10], "goes on behind step 10")):
-        for n in steps: (tmp_path/"x"/"checkpoints"/f"step-{n:06d}").mkdir(parents=True)
-        monkeypatch.setattr(sys, "argv", ["mgsr-run", "-p", "runs_dir", str(tmp_path), "-p", "run_name", "x"])
-        with pytest.raises(SystemExit) as end: mgsr_run.main()
-        said = capsys.readouterr().err
-        assert end.value.code == 130 and "mgsr-run: interrupted; the same command " + words in said and "Traceback" not in said
-
-def test_what_the_notebook_refuses_is_one_sentence_and_the_place_of_the_rest(project, tmp_path):
-    "Data that are not as they should be are noticed in the kernel."
-    (tmp_path/"dolly").mkdir()
-    for name in ("databricks-dolly-15k", "dev", "valid"): (tmp_path/"dolly"/f"{name}.jsonl").write_text('{"instruction": 3}\n')
-    done = command(project, "mgsr-run", *flags(project.parameters | dict(run_name="own", data="dolly", eval_sets="dolly", data_dir=str(tmp_path))))
-    last = done.stderr.strip().splitlines()[-2:]
-    assert done.returncode == 2 and "Traceback" not in done.stderr.split("mgsr-run: ")[-1], done.stderr[-2000:]
-    assert last[0].startswith("mgsr-run: ") and "line 1, field 'response': missing" in last[0] and last[1].endswith("own/train.partial.ipynb)"), last
-
-@pytest.mark.pitfall(42)
-@pytest.mark.parametrize("typed,value", [("0.5", 0.5), ("1", 1.0)])
-def test_pitfall_42_flags_become_what_papermill_makes_of_them(project, monkeypatch, typed, value):
-    monkeypatch.chdir(project.root)
-    found = mgsr_run.typed_parameters(["-p", "dac_weight", typed, "-p", "scrg", "False", "-p", "eval_seeds", "10", "-r", "run_name", "007"])
-    c = resolve(found)
-    assert (c.dac_weight, c.scrg, c.eval_seeds, c.run_name) == (value, False, "10", "007")
 
 # --- runs
 
@@ -207,26 +113,6 @@ def test_pitfall_43_the_form_without_an_output_path_writes_the_notebook_to_stdou
     assert any("tiny ROUGE-L" in o.get("data", {}).get("text/html", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
     assert source.read_bytes() == before and (executed[1]/"metrics.json").stat().st_mtime_ns == metrics.st_mtime_ns
 
-@pytest.mark.pitfall(32, 44)
-def test_pitfall_44_mgsr_run_makes_the_folder_and_goes_on_with_an_interrupted_run(project, monkeypatch):
-    from mgsr_nb.run.setup import prepare
-    from mgsr_nb.run.trainer import Trainer
-    monkeypatch.setenv("MGSR_CACHE", project.env["MGSR_CACHE"])
-    more = dict(checkpoint_every=1, seed=3)
-    c = config_of(project, **more)
-    trainer = Trainer(prepare(c, cpu=True), open_run(c))
-    def stop(row): trainer.checkpoints.save(); raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): trainer.fit(stop)
-    parameters = project.parameters | more
-    done = command(project, "mgsr-run", *flags({k: v for k, v in parameters.items() if k != "runs_dir"}))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert trainer.folder.parent == project.root/"runs" and f"results: {trainer.folder.relative_to(project.root)}" in done.stdout and "student after" in done.stdout
-    assert {"train.ipynb", "metrics.json"} <= {p.name for p in trainer.folder.iterdir()} and not (trainer.folder/"train.partial.ipynb").exists()
-    notebook = nbformat.read(trainer.folder/"train.ipynb", 4)
-    assert not errors(notebook) and "resumed at step 1" in text_of(notebook)
-    assert [line.split(",")[0] for line in (trainer.folder/"log.csv").read_text().splitlines()] == ["step", "0", "1", "2"]
-    assert [p.name for p in (project.root/"nbs").iterdir()] == ["train.ipynb"]
-
 @pytest.mark.pitfall(32, 46)
 def test_pitfall_46_a_run_that_papermill_cuts_off_is_not_finished_and_goes_on(project, monkeypatch):
     "Papermill's own record may call it completed; metrics.json does not exist. Modules are imported before the clock of the cells runs."
@@ -251,19 +137,15 @@ def test_pitfall_46_a_run_that_papermill_cuts_off_is_not_finished_and_goes_on(pr
     reached = trainer.checkpoints.resume()
     assert reached >= 1 and trainer.step()["step"] == reached + 1
 
-@pytest.mark.parametrize("flags", [["-p", "dac_weight"], ["--nonsense"], ["stray"]])
-def test_a_command_line_that_papermill_refuses_ends_in_words(flags):
-    done = subprocess.run([str(Path(sys.executable).parent/"mgsr-run"), *flags], capture_output=True, text=True, cwd=Path(__file__).parents[1], stdin=subprocess.DEVNULL)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-300:]
-
 @pytest.mark.pitfall(42)
 def test_pitfall_42_help_notebook_lists_every_parameter_with_its_meaning(project):
+    "Its first line, if the meaning is longer: papermill reads no further."
     done = command(project, "papermill", "--help-notebook", "nbs/train.ipynb")
     said = " ".join(done.stdout.split())
-    for name, field in FIELDS.items():
-        assert re.search(rf"\b{name}: ", said) and " ".join(field.description.split()) in said, name
+    for name in FIELDS:
+        line = next(line for line in parameters_cell().splitlines() if line.startswith(f"{name}: "))
+        assert re.search(rf"\b{name}: ", said) and line.split("  # ")[1] in said, name
     assert done.returncode == 0
-
 
 def test_sample_answers_of_prompts_that_share_an_instruction(project, tmp_path):
     (tmp_path/"sinst").mkdir()
@@ -272,3 +154,13 @@ def test_sample_answers_of_prompts_that_share_an_instruction(project, tmp_path):
     (project.root/"runs"/"same").mkdir(parents=True)
     done = command(project, "papermill", "nbs/train.ipynb", "runs/same/train.ipynb", "--no-progress-bar", *flags(parameters))
     assert done.returncode == 0, done.stderr[-500:]
+
+def test_no_cell_of_the_notebook_gives_a_parameter_another_meaning():
+    "`from mgsr_nb.run.dry_run import dry_run` would replace the parameter of that name, and running the cells again would fail."
+    cells = [c for c in nbformat.read(ROOT/"nbs"/"train.ipynb", 4).cells if c.cell_type == "code"]
+    after = cells[1 + next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", [])):]
+    bound = set()
+    for node in (n for c in after for n in ast.walk(ast.parse(c.source))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)): bound |= {a.asname or a.name for a in node.names}
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): bound.add(node.id)
+    assert not bound & set(FIELDS)

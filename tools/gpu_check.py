@@ -1,86 +1,123 @@
-"""Does the library do on a GPU what it does on a CPU? One table.   python tools/gpu_check.py [--preset quickstart] [--device cuda]
+"""Does the library do on a GPU what it does on a CPU? One table.
 
-1. Every method, two optimiser steps on the same text: losses in float32 and in bfloat16 autocast against those of the CPU.
-2. The quickstart, as a person would run it (with --quickstart), and the performance script at sizes for a GPU (with --performance).
+    python tools/gpu_check.py [--device cuda] [-p NAME VALUE] [--quickstart] [--performance]
 
-The two devices have different random streams, so their samples differ; the text is therefore sampled once, on the CPU, and given to both.
-Without CUDA it says so and does nothing. `--device cpu` compares the CPU with itself: a test of this script."""
-import argparse, json, os, subprocess, sys
+1. Every method, two optimiser steps on the same text: losses in float32 and in bfloat16 autocast
+   against those of the CPU.
+2. The quickstart, as a person would run it (with --quickstart), and the performance script at
+   sizes for a GPU (with --performance).
+
+The two devices have different random streams, so their samples differ; the text is therefore
+sampled once, on the CPU, and given to both. Without CUDA it says so and does nothing.
+`--device cpu` compares the CPU with itself: a test of this script.
+"""
+import argparse, json, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# relative difference of a loss that passes. float32: other summation orders in 30 layers. bfloat16 has 8 bits of mantissa.
+# relative difference of a loss that passes. float32: other summation orders in 30 layers; bfloat16
+# has 8 bits of mantissa
 TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
 
 
-def losses(parameters: dict, device: str, precision: str, texts=None):
-    "Losses of two steps, and the text that each was distilled on: what was sampled here, or what `texts` prescribes."
+def trainer_of(parameters: dict, device: str, precision: str):
+    "A trainer without dropout, of which the devices would drop different units."
     import torch
     from mgsr_nb.config import resolve
-    from mgsr_nb.run.step import Distilled
     from mgsr_nb.run.setup import prepare
     from mgsr_nb.run.trainer import Trainer
     torch.backends.cuda.matmul.allow_tf32 = False
     config = resolve({**parameters, "precision": precision, "lora_dropout": 0.0})
     trainer = Trainer(prepare(config, cpu=device == "cpu"))
     for m in trainer.setup.student.modules():
-        if isinstance(m, torch.nn.Dropout): m.p = 0.0       # the devices would drop different units
-    found, used = [], []
+        if isinstance(m, torch.nn.Dropout): m.p = 0.0
+    return trainer
+
+def losses(parameters: dict, device: str, precision: str, texts=None):
+    """Losses of two steps, and the text that each was distilled on: what was sampled here, or what
+    `texts` prescribes."""
+    from mgsr_nb.run.step import Distilled
+    trainer = trainer_of(parameters, device, precision)
+    config, found, used = trainer.setup.config, [], []
     for step in range(2):
         if texts is None: examples, text, _ = trainer.writer.draw(step)
         else:
             examples, text, _ = texts[step]
-            if isinstance(text, Distilled):       # only the words: hidden states and constants of the policy are this device's own
-                text = trainer.writer.look_at(step, text.pairs, range(config.batch_size))[0] if config.pg_weight else Distilled(text.pairs)
+            # only the words: hidden states and constants of the policy are this device's own
+            if isinstance(text, Distilled) and config.pg_weight:
+                text = trainer.writer.look_at(step, text.pairs, range(config.batch_size))[0]
+            elif isinstance(text, Distilled): text = Distilled(text.pairs)
         used.append((examples, text, None))
         found.append(trainer.update(examples, text)["loss"])
         trainer.progress.step += 1
     return found, used
 
+SHORT = dict(teacher_sft_steps=0, max_steps=2, warmup_steps=0, eval_every=0, eval_prompts=2)
 
 def compare(parameters: dict, device: str, report) -> bool:
     "One row a method; whether all are within the tolerance."
     from mgsr_nb.presets import METHODS
     good = True
-    precisions = [p for p in TOLERANCE if device != "cpu" or p == "float32"]       # a processor without bfloat16 instructions takes hours for it
-    report(f"{'method':18} {'CPU float32':>22} " + " ".join(f"{device + ' ' + p:>22} {'relative':>9}" for p in precisions))
-    for method in METHODS:
-        more = {"sampling": "on_policy"} if METHODS[method].get("sampling") in ("mixed", "off_policy") else {}       # so that student text is compared
-        chosen = {**parameters, "method": method, **more, "teacher_sft_steps": 0, "max_steps": 2, "warmup_steps": 0, "eval_every": 0, "eval_prompts": 2}
+    # a processor without bfloat16 instructions takes hours for it
+    precisions = [p for p in TOLERANCE if device != "cpu" or p == "float32"]
+    heads = [f"{device + ' ' + p:>22} {'relative':>9}" for p in precisions]
+    report(f"{'method':18} {'CPU float32':>22} " + " ".join(heads))
+    for method, composition in METHODS.items():
+        chosen = {**parameters, "method": method, **SHORT}
+        # so that student text is compared
+        if composition.get("sampling") in ("mixed", "off_policy"): chosen["sampling"] = "on_policy"
         reference, texts = losses(chosen, "cpu", "float32")
         cells = [f"{method:18} {show(reference):>22}"]
         for precision in precisions:
-            tolerance, (found, _) = TOLERANCE[precision], losses(chosen, device, precision, texts)
+            found, _ = losses(chosen, device, precision, texts)
             worst = max(abs(a - b) / abs(a) for a, b in zip(reference, found))
-            good &= worst <= tolerance
-            cells.append(f"{show(found):>22} {worst:8.1e}{' ' if worst <= tolerance else '!'}")
+            within = worst <= TOLERANCE[precision]
+            good &= within
+            cells.append(f"{show(found):>22} {worst:8.1e}{' ' if within else '!'}")
         report(" ".join(cells))
     return good
 
 def show(values) -> str: return ", ".join(f"{v:.5f}" for v in values)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def performance_commands() -> list[list[str]]:
+    "tools/bench.py at sizes for a GPU."
+    loss = ["--dtype", "float32", "--rows", "1024,4096", "--vocab", "49152,131072",
+            "--hidden", "2048"]
+    parts = {"loss": loss, "scrg": ["--dtype", "bfloat16"], "step": ["--dtype", "bfloat16"]}
+    return [[sys.executable, str(ROOT/"tools"/"bench.py"), part, "--device", "cuda", *more,
+             "--out", str(ROOT/"runs"/"performance"/f"{part}-cuda.csv")]
+            for part, more in parts.items()]
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of the runs, the value as JSON")
-    parser.add_argument("--quickstart", action="store_true", help="also the quickstart through papermill")
-    parser.add_argument("--performance", action="store_true", help="also tools/bench.py at sizes for a GPU")
-    options = parser.parse_args()
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="a parameter of the runs, the value as JSON")
+    parser.add_argument("--quickstart", action="store_true", help="the quickstart, by papermill")
+    parser.add_argument("--performance", action="store_true", help="tools/bench.py for a GPU")
+    return parser.parse_args()
+
+def main() -> int:
+    chosen = options()
     import torch
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("gpu-check: there is no CUDA device here (or torch is a CPU build); nothing was checked")
+    on_gpu = chosen.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        print("gpu-check: there is no CUDA device here (or torch is a CPU build); nothing was "
+              "checked")
         return 0
-    print(f"gpu-check on {torch.cuda.get_device_name() if options.device == 'cuda' else 'the CPU, against itself'}, torch {torch.__version__}")
-    good = compare({name: json.loads(value) for name, value in options.p}, options.device, lambda line: print(line, flush=True))
-    extra = []
-    if options.quickstart: extra.append(["mgsr-run", "-p", "precision", "bfloat16", "-p", "run_name", "gpu-check"])
-    if options.performance:
-        sizes = {"loss": ["--rows", "1024,4096", "--vocab", "49152,131072", "--hidden", "2048"], "scrg": [], "step": []}
-        extra += [[sys.executable, str(ROOT/"tools"/"bench.py"), part, "--device", "cuda", "--dtype", "bfloat16" if part != "loss" else "float32", *more,
-                   "--out", str(ROOT/"runs"/"performance"/f"{part}-cuda.csv")] for part, more in sizes.items()]
-    for command in extra: good &= subprocess.run(command, env={**os.environ}).returncode == 0
-    print("gpu-check: " + ("all within the tolerance" if good else "NOT all within the tolerance (marked !), or a command failed"))
+    where = torch.cuda.get_device_name() if on_gpu else "the CPU, against itself"
+    print(f"gpu-check on {where}, torch {torch.__version__}")
+    parameters = {name: json.loads(value) for name, value in chosen.p}
+    good = compare(parameters, chosen.device, lambda line: print(line, flush=True))
+    commands = []
+    if chosen.quickstart:
+        commands.append(["mgsr-run", "-p", "precision", "bfloat16", "-p", "run_name", "gpu-check"])
+    if chosen.performance: commands += performance_commands()
+    for command in commands: good &= subprocess.run(command).returncode == 0
+    print("gpu-check: " + ("all within the tolerance" if good else
+                           "NOT all within the tolerance (marked !), or a command failed"))
     return 0 if good else 1
 
 

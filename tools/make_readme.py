@@ -1,10 +1,10 @@
 """README.md from nbs/index.ipynb, by nbconvert's markdown exporter.
 
     python tools/make_readme.py            writes README.md and the figures nbs/images/index_*.png
-    python tools/make_readme.py --check    writes nothing; exit code 1 if they differ from what it would write
+    python tools/make_readme.py --check    writes nothing; status 1 if they differ from that
 
-Links of the notebook are relative to nbs/. In the README, which lies one folder above, they get `nbs/` in
-front, so that images and links work in both places.
+Links of the notebook are relative to nbs/. In the README, which lies one folder above, they get
+`nbs/` in front, so that images and links work in both places.
 """
 import posixpath, re, sys
 from pathlib import Path
@@ -36,7 +36,7 @@ def move_links(markdown):
 
 def prepare(cell):
     "Apply nbdev's directives to one cell; None when the reader is not to see it."
-    if cell.cell_type == 'raw': return None                        # front matter
+    if cell.cell_type == 'raw': return None        # front matter
     if cell.cell_type == 'markdown':
         cell.source = move_links(cell.source)
         cell.pop('attachments', None)
@@ -44,36 +44,53 @@ def prepare(cell):
     directives = DIRECTIVE.findall(cell.source)
     if any(d.split(':')[0].split()[:1] == ['hide'] for d in directives): return None
     cell.source = DIRECTIVE.sub('', cell.source).strip('\n')
-    alt = ALT.search('\n'.join(directives))
-    if alt: cell.metadata['alt'] = alt[1]
-    if re.search(r'^echo:\s*false', '\n'.join(directives), re.M): cell.metadata['transient'] = {'remove_source': True}
+    said = '\n'.join(directives)
+    if alt := ALT.search(said): cell.metadata['alt'] = alt[1]
+    if re.search(r'^echo:\s*false', said, re.M):
+        cell.metadata['transient'] = {'remove_source': True}
     for out in cell.outputs:
-        html = out.get('data', {}).get('text/html')                # GitHub prints the text of a <style> element
+        html = out.get('data', {}).get('text/html')
+        # GitHub prints the text of a <style> element
         if html: out['data']['text/html'] = STYLE.sub('', html)
     return cell
+
+
+def alternatives(nb):
+    "The text alternative of each picture, in order; nbconvert names every picture by its kind."
+    return [c.metadata.get('alt', 'png') for c in nb.cells for out in c.get('outputs', [])
+            if 'image/png' in out.get('data', {})]
 
 
 def render(notebook):
     "The README's text and the figures {path from the root: bytes}."
     nb = nbformat.read(notebook, as_version=4)
-    nb.metadata['language_info'] = {'name': 'python'}               # nbdev-clean drops it; it marks the code blocks
+    nb.metadata['language_info'] = {'name': 'python'}   # nbdev-clean drops it; it marks the code
     nb.cells = [c for c in map(prepare, nb.cells) if c is not None]
-    folder = f'{NB_DIR}/images'
-    text, resources = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(
-        nb, resources={'unique_key': 'index', 'output_files_dir': folder})
-    alts = iter([c.metadata.get('alt', 'png') for c in nb.cells for out in c.get('outputs', []) if 'image/png' in out.get('data', {})])
-    text = re.sub(r'!\[png\]', lambda m: f'![{next(alts)}]', text)      # nbconvert names every picture by its kind
-    text = re.sub(r'\n{3,}', '\n\n', '\n'.join(line.rstrip() for line in text.splitlines())).strip()
+    exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    where = {'unique_key': 'index', 'output_files_dir': f'{NB_DIR}/images'}
+    text, resources = exporter.from_notebook_node(nb, resources=where)
+    alts = iter(alternatives(nb))
+    text = re.sub(r'!\[png\]', lambda m: f'![{next(alts)}]', text)
+    text = '\n'.join(line.rstrip() for line in text.splitlines())
+    text = re.sub(r'\n{3,}', '\n\n', text).strip()
     return MARK + text + '\n', dict(resources.get('outputs') or {})
+
+
+def differing(wanted):
+    "Names of what is not as it is wanted, and figures that nothing wants."
+    stale = [name for name, data in wanted.items()
+             if not (ROOT/name).exists() or (ROOT/name).read_bytes() != data]
+    figures = (ROOT/NB_DIR/'images').glob('index_*.png')
+    return stale, [p for p in figures if p.relative_to(ROOT).as_posix() not in wanted]
 
 
 def main(check):
     text, figures = render(ROOT/NB_DIR/'index.ipynb')
     wanted = {'README.md': text.encode('utf-8'), **figures}
-    stale = [name for name, data in wanted.items() if not (ROOT/name).exists() or (ROOT/name).read_bytes() != data]
-    orphans = [p for p in (ROOT/NB_DIR/'images').glob('index_*.png') if p.relative_to(ROOT).as_posix() not in wanted]
+    stale, orphans = differing(wanted)
     if check:
-        for name in [*stale, *orphans]: print(f'{name} differs from nbs/index.ipynb; run `make readme`', file=sys.stderr)
+        for name in [*stale, *orphans]:
+            print(f'{name} differs from nbs/index.ipynb; run `make readme`', file=sys.stderr)
         return 1 if stale or orphans else 0
     for path in orphans: path.unlink()
     for name in stale:
