@@ -6,7 +6,7 @@
 __all__ = ['run_name', 'runs_root', 'run_folder', 'open_run', 'recorded_digests', 'computed_in', 'finished']
 
 # %% ../../nbs/20_folder.ipynb #d547ae37
-import json, re, shutil
+import json, os, re, shutil
 from pathlib import Path
 from typing import Optional
 from ..presets import METHODS, PRESETS
@@ -43,10 +43,20 @@ def run_folder(config: RunConfig) -> Path:
 def open_run(config: RunConfig) -> Path:
     """The run's folder, with its config.json written.
 
-    Raises `ConfigError` if it holds another configuration and `overwrite` is off."""
+    Raises `ConfigError` if it holds another configuration and `overwrite` is off, or cannot be
+    written."""
     folder = run_folder(config)
+    try: return _opened(folder, config)
+    except OSError as e:
+        raise ConfigError(f"runs_dir: the run's folder {folder} cannot be written ({e}); allowed: "
+            "a folder of your own") from e
+
+def _opened(folder: Path, config: RunConfig) -> Path:
     found = recorded_digests(folder)
-    if config.digest in found and not config.overwrite: return folder
+    if config.digest in found and not config.overwrite:
+        # a finished run is only read
+        if finished(folder) or os.access(folder, os.W_OK): return folder
+        raise PermissionError("it is another user's, or read-only")
     if found and not config.overwrite:
         raise ConfigError(f"run_name: {folder} already holds a run with other parameters (digest "
             f"{found[0]}, this one {config.digest}); choose another run_name, or set overwrite "
@@ -69,7 +79,7 @@ def recorded_digests(folder: Path) -> list[str]:
     therefore be what was done before it.)"""
     record = Path(folder)/"config.json"
     if not record.is_file(): return []
-    content = json.loads(record.read_text())
+    content = json.loads(record.read_text(encoding="utf-8"))
     written = content.pop("digest", "unknown")
     try: config = RunConfig(**{k: v for k, v in content.items() if k not in ELSEWHERE})
     except ValueError: return [written]       # it has a parameter or a value that is gone
@@ -79,8 +89,9 @@ def recorded_digests(folder: Path) -> list[str]:
 
 def computed_in(folder: Path) -> Optional[str]:
     "The precision that a finished run computed in; None if it is not finished, or does not say."
-    return (json.loads((Path(folder)/"metrics.json").read_text()).get("machine",
-            {}).get("precision") if finished(folder) else None)
+    if not finished(folder): return None
+    metrics = json.loads((Path(folder)/"metrics.json").read_text(encoding="utf-8"))
+    return metrics.get("machine", {}).get("precision")
 
 def finished(folder: Path) -> bool:
     "Whether the run ended: metrics.json is written last."
