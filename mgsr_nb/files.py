@@ -54,12 +54,13 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def cache_dir() -> Path:
     """Where artefacts lie: the environment variable MGSR_CACHE, else the platform's cache folder
     for mgsr_nb. Raises `ConfigError` if there is neither (no home folder)."""
-    named = os.environ.get("MGSR_CACHE")
-    folder = Path(named or user_cache_dir("mgsr_nb"))
-    if not named and not folder.is_absolute():      # "~" that stands for nothing
-        raise ConfigError("MGSR_CACHE: this user has no home folder to keep the tuned teacher in; "
-            "set the environment variable MGSR_CACHE to a folder that can be written")
-    return folder
+    if named := os.environ.get("MGSR_CACHE"): return Path(named)
+    # without a home, platformdirs raises, or leaves a "~" that stands for nothing
+    try: folder = Path(user_cache_dir("mgsr_nb"))
+    except RuntimeError: folder = Path("~")
+    if folder.is_absolute(): return folder
+    raise ConfigError("MGSR_CACHE: this user has no home folder to keep the tuned teacher in; set "
+        "the environment variable MGSR_CACHE to a folder that can be written")
 
 @contextlib.contextmanager
 def _in_cache():

@@ -19,7 +19,7 @@ def test_a_teacher_that_cannot_work_is_refused_before_it_is_tuned(name, config, 
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"cache"))
     save, words = UNFIT[name]
     save(tmp_path/name)
-    c = config("gpt2", teacher=str(tmp_path/name), student_layers=1)
+    c = config("gpt2").model_copy(update={"teacher": str(tmp_path/name)})
     with pytest.raises(ConfigError, match=rf"^teacher: .*{words}"): prepare(c, cpu=True)
 
 @pytest.mark.parametrize("name,kind", [("capped", "llama"), ("numbers", "gpt2")])
