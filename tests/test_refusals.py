@@ -1,9 +1,9 @@
 """What a user can get wrong around a run, in one list: each ends `mgsr-run` with status 2 and a
 sentence that begins with the name of what to change, and no traceback."""
-import json, os, subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 import pytest
-from tiny_runs import save_pair, tiny_parameters
+from tiny_runs import tiny_parameters
 from unfit_models import UNFIT
 
 ROOT, BIN = Path(__file__).resolve().parents[1], Path(sys.executable).parent
@@ -41,7 +41,7 @@ def runs(root, parameters, env):
 CASES = {**{name: (unfit(name), "teacher: ", words) for name, (_, words) in UNFIT.items()},
     "chat": (chat, "template: ", "has no chat template"),
     "cache": (cache, "MGSR_CACHE: ", "cannot be written"),
-    "home": (homeless, "MGSR_CACHE: ", "no home folder"),
+    "home": (homeless, "HOME: ", "no home folder"),
     "runs": (runs, "runs_dir: ", "cannot be written")}
 
 @pytest.mark.parametrize("name", CASES)
