@@ -57,6 +57,16 @@ class RunConfig(EvaluationParameters):
         if isinstance(value, int) and not isinstance(value, bool): return str(value)
         return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _exponent(cls, value, info):
+        "YAML makes a text of 1e-3, which has no point: it is the number that was meant."
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, str) and float in getattr(kind, "__args__", [kind]):
+            if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+", value):
+                return float(value)
+        return value
+
     @model_validator(mode="after")
     def _consistent(self):
         for check in CHECKS: check(self)
@@ -114,7 +124,7 @@ def _check_weights(c):
         refuse("sft_weight, dac_weight, span_weight, kd_weight, pg_weight",
             "all are 0, nothing would be trained", "at least one above 0")
 
-# %% ../nbs/02_config.ipynb #bc9c035b
+# %% ../nbs/02_config.ipynb #c475d9ac
 def _check_scrg(c):
     if c.scrg and c.sampling == "fixed":
         refuse("scrg", "revises the student's own samples, and sampling=fixed has none",
@@ -128,7 +138,7 @@ def _check_policy(c):
         refuse("teacher_mix", "mixes the teacher into the student's samples, and sampling=fixed "
             "has none", "0, or another sampling")
 
-# %% ../nbs/02_config.ipynb #8a0bd6fa
+# %% ../nbs/02_config.ipynb #4ba58223
 def _check_lengths(c):
     if c.max_prompt_tokens >= c.max_tokens:
         refuse("max_prompt_tokens",
@@ -155,7 +165,7 @@ def _check_temperature(c):
             f"got {c.eval_temperature:g}, by which logits cannot be divided safely",
             "0 (the likeliest token), or at least 0.01")
 
-# %% ../nbs/02_config.ipynb #4f1881fb
+# %% ../nbs/02_config.ipynb #b8080982
 def _check_lists(c):
     unknown = [s for s in c.eval_set_list if s not in EVAL_SET_NAMES]
     if unknown:
@@ -184,7 +194,7 @@ def _check_long_name(c):
             "folders of at most 200 bytes, 500 characters in all")
 
 def _check_data_dir(c):
-    if c.data_dir and not Path(c.data_dir).is_dir():
+    if c.data_dir and not os.path.isdir(c.data_dir):
         refuse("data_dir", f"there is no folder {c.data_dir!r} (looked from {Path.cwd()})",
             "an existing folder, or empty")
     if c.data_dir and c.data == "tiny" and set(c.eval_set_list) == {"tiny"}:
@@ -221,7 +231,7 @@ def _in_words(error: dict) -> str:
     got = f"{shown(given)} ({type(given).__name__}){nearest(given, choices(name))}"
     return f"{name}: got {got}; allowed: {allowed_values(name)}"
 
-# %% ../nbs/02_config.ipynb #02b16ebc
+# %% ../nbs/02_config.ipynb #664e889f
 def _named(given: dict, parameter: str, default: str, known: dict) -> dict:
     "The set of parameters that `preset` or `method` names."
     name = given.get(parameter, default)

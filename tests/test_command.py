@@ -69,6 +69,11 @@ def test_pitfall_42_flags_become_what_papermill_makes_of_them(project, monkeypat
     c = resolve(mgsr_run.typed_parameters([*words, "-r", "run_name", "007"]))
     assert (c.dac_weight, c.scrg, c.eval_seeds, c.run_name) == (value, False, "10", "007")
 
+def test_numbers_of_a_yaml_text_are_what_was_meant(project, monkeypatch):
+    monkeypatch.chdir(project.root)
+    c = mgsr_run.asked_for(["-y", "{learning_rate: 1e-3, dac_weight: 2.5e1}"])
+    assert (c.learning_rate, c.dac_weight) == (1e-3, 25.)
+
 # --- runs
 
 @pytest.mark.parametrize("steps,words", [

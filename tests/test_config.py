@@ -77,10 +77,10 @@ def bad_values(name):
     if bool in kinds: return no_value | st.integers() | st.floats() | st.sampled_from(["true", "True", "False", ""])
     if int in kinds: return no_value | st.booleans() | st.floats() | st.text() | st.sampled_from([*outside(field, True), *([10**400] if "lt" in bounds_of(field) else [])])
     if float in kinds:
-        return no_value | st.booleans() | st.text() | st.sampled_from([math.nan, math.inf, -math.inf, *outside(field, False)])
+        return no_value | st.booleans() | st.text().filter(lambda s: "e" not in s.lower()) | st.sampled_from([math.nan, math.inf, -math.inf, *outside(field, False)])
     special = {"preset": no_value | st.text().filter(lambda s: s not in PRESETS) | st.integers(), "method": no_value | st.text().filter(lambda s: s not in METHODS) | st.integers(),
                "run_name": no_value | st.integers() | st.sampled_from(["..", "a/../b", "/a", "a/", "a//b", "a b", "~", "a\\b", "a\n", "a\0", "..a"]),
-               "data_dir": no_value | st.integers() | st.sampled_from(["no/such/folder", __file__, "\0"]),
+               "data_dir": no_value | st.integers() | st.sampled_from(["no/such/folder", __file__, "\0", "x" * 1000]),
                "eval_sets": st.floats() | st.booleans() | st.none() | st.integers() | st.sampled_from(["", "tiny,", "Tiny", "auto,tiny", "tiny;dolly", ["tiny", 3]]),
                "eval_seeds": st.floats() | st.booleans() | st.none() | st.integers(max_value=-1) | st.sampled_from(["", "10,", "ten", "1.5", "-1", "10;20", "\u00b2", "\u0661", [1.5]])}
     return special.get(name, no_value | st.integers() | st.floats())
@@ -130,6 +130,15 @@ def test_a_refused_parameter_costs_no_torch():
 def test_whole_numbers_are_numbers_but_not_the_other_way():
     assert type(resolve(dac_weight=1).dac_weight) is float and resolve(dac_weight=1) == resolve(dac_weight=1.0)
     assert refusal(max_steps=3.0).startswith("max_steps: got 3.0 (float)")
+
+@pytest.mark.parametrize("written,value", [("1e-3", 1e-3), ("1E3", 1e3), ("1.5e3", 1500.), ("5.e-1", .5), (".5e0", .5), ("+2e+0", 2.)])
+def test_numbers_as_people_write_them(written, value):
+    "YAML 1.1 takes all of these for text; a number without an exponent it does not, and in quotes it is text that was meant."
+    assert resolve(learning_rate=written) == resolve(learning_rate=value)
+
+@pytest.mark.parametrize("params", [dict(learning_rate="0.001"), dict(learning_rate="1e-3 "), dict(learning_rate="e5"), dict(max_steps="1e3"), dict(learning_rate="-1e-3"), dict(learning_rate="1e999"),
+                                    dict(clip_upper="1e1"), dict(learning_rate="1_0e3")])
+def test_what_is_no_such_number_is_refused(params): assert refusal(params).startswith(f"{next(iter(params))}: got ")
 
 def test_lists_and_numbers_mean_the_same_as_their_text():
     assert resolve(eval_seeds=10) == resolve(eval_seeds="10") == resolve(eval_seeds=[10]) == resolve()
