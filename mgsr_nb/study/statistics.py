@@ -194,8 +194,8 @@ def lab_verdicts(tests: dict[str, SeedTest]) -> dict[str, str]:
     return {n: of(n) for n in tests}
 
 def agreed(found: str, signs: Sequence[float], kl: str) -> str:
-    """The verdict `found` if the differences `signs` of the metrics that must agree (exact match, or
-    ROUGE-L at temperature 0 and at 1) have its sign and the verdict `kl` is not its opposite."""
+    """The verdict `found` if the differences `signs` of the metrics that must agree (exact match,
+    or ROUGE-L at temperature 0 and at 1) have its sign and the verdict `kl` is not its opposite."""
     side = {HOLDS: 1, FAILS: -1}.get(found, 0)
     if not side: return found
     against = {HOLDS: FAILS, FAILS: HOLDS}[found]
