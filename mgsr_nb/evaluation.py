@@ -35,8 +35,7 @@ def _scorer():
 
 # %% ../nbs/15_evaluation.ipynb #9937f8c0
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of lower-cased words divided by all n-grams, over all `texts`, in [0, 1]; 0
-    if there are none."""
+    "Different n-grams of lower-cased words by all n-grams of all `texts`, in [0, 1]; none: 0."
     grams = Counter(tuple(words[i:i + n]) for text in texts for words in [text.lower().split()]
         for i in range(len(words) - n + 1))
     return len(grams) / max(grams.total(), 1)
@@ -51,8 +50,7 @@ def repetition(texts: Sequence[str], n: int = 4) -> float:
 # %% ../nbs/15_evaluation.ipynb #99de564e
 def _batches(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, batch_size: int,
         device):
-    """Batches of texts of similar lengths, which pads less: the pairs' indices, and the `Batch` on
-    the device."""
+    "Batches of texts of similar lengths, which pads less: the pairs' indices, and the `Batch`."
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     for a in range(0, len(order), batch_size):
         part = order[a:a + batch_size]

@@ -7,11 +7,12 @@ __all__ = ['VERIFIED', 'project_root', 'write_atomic', 'read_json', 'write_json'
            'artefact']
 
 # %% ../nbs/03_files.ipynb #9fff6649
-import csv, hashlib, io, json, os, shutil
+import contextlib, csv, hashlib, io, json, os, shutil
 from pathlib import Path
 from typing import Any, Callable
 from filelock import FileLock
 from platformdirs import user_cache_dir
+from .config import ConfigError
 
 # %% ../nbs/03_files.ipynb #6b633b59
 def project_root(start: str = ".") -> Path:
@@ -58,8 +59,22 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 # %% ../nbs/03_files.ipynb #4e7c5edc
 def cache_dir() -> Path:
     """Where artefacts lie: the environment variable MGSR_CACHE, else the platform's cache folder
-    for mgsr_nb."""
-    return Path(os.environ.get("MGSR_CACHE") or user_cache_dir("mgsr_nb"))
+    for mgsr_nb. Raises `ConfigError` if there is neither (no home folder)."""
+    if named := os.environ.get("MGSR_CACHE"): return Path(named)
+    # without a home, platformdirs raises, or leaves a "~" that stands for nothing
+    try: folder = Path(user_cache_dir("mgsr_nb"))
+    except RuntimeError: folder = Path("~")
+    if folder.is_absolute(): return folder
+    raise ConfigError("MGSR_CACHE: this user has no home folder to keep the tuned teacher in; set "
+        "the environment variable MGSR_CACHE to a folder that can be written")
+
+@contextlib.contextmanager
+def _in_cache():
+    "An OSError inside is a `ConfigError` that says how to choose another folder."
+    try: yield
+    except OSError as e:
+        raise ConfigError(f"MGSR_CACHE: the cache {cache_dir()} cannot be written ({e}); set the "
+            "environment variable MGSR_CACHE to a folder of your own") from e
 
 def file_digest(path: Path) -> str:
     "SHA-256 of a file, in hexadecimal."
@@ -71,15 +86,21 @@ def artefact(kind: str, key: dict, make: Callable[[Path], None]) -> Path:
     it if it does not exist yet.
 
     key.json, with the digest of every file made, marks a whole one. A folder whose files no longer
-    have these digests is made again; a process checks each once."""
+    have these digests is made again; a process checks each once. A whole one is read without the
+    lock, so that a cache that belongs to somebody else can be used as far as it goes. Raises
+    `ConfigError` if something has to be made and the cache cannot be written."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir()/kind/name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    if _whole(folder): return folder
+    lock, part = FileLock(f"{folder}.lock"), folder.with_name(f"{name}.part")
+    with _in_cache():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    with contextlib.ExitStack() as held:
+        held.callback(lock.release)
         if _whole(folder): return folder
-        part = folder.with_name(f"{name}.part")
         for old in (part, folder): shutil.rmtree(old, ignore_errors=True)
-        part.mkdir()
+        with _in_cache(): part.mkdir()
         make(part)
         made = [p for p in sorted(part.rglob("*")) if p.is_file()]
         digests = {str(p.relative_to(part)): file_digest(p) for p in made}

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from .divergences import DIVERGENCES, LOGIT_FLOOR, at_least_float32
+from .divergences import DIVERGENCES, LOGIT_FLOOR, at_least_float32, below_top
 from .dac_kl import DACKL
 from .span import relation_of
 
@@ -81,15 +81,14 @@ class Span(nn.Module):
 def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities and log-probabilities (n, V) of logits, with one exponential for both: what
     `log_probs` gives, and its exponential. Without a graph."""
-    z = at_least_float32(logits.detach()).clamp_min(LOGIT_FLOOR)
-    z.sub_(z.amax(-1, keepdim=True))
+    z = below_top(at_least_float32(logits.detach()))
     x = z.exp()
     total = x.sum(-1, keepdim=True)
     return x.div_(total), z.sub_(total.log())
 
 class Student:
-    """The student's part of the rows, cut off from m logits (m, V) for n labels, m = n or n + 1:
-    `leaves` for the terms, and `to_logits` for their gradients."""
+    """The student's part of the rows, cut off from logits (n or n + 1, V) for n labels: `leaves`
+    for the terms, and `to_logits` for their gradients."""
     def __init__(self, logits: Tensor, labels: Tensor, gradients: bool):
         n, (self.q, log_q) = len(labels), softmax_and_log(logits)
         self.logits, self.labels = logits, labels[:, None]
@@ -100,16 +99,16 @@ class Student:
 
     def to_logits(self, log_q: Optional[Tensor], q: Optional[Tensor], label_log_q: Optional[Tensor],
             next_q: Optional[Tensor]) -> Tensor:
-        """The gradient (m, V) of the logits from those of the leaves, None for a leaf that no term
-        read."""
+        "The gradient of the logits from those of the leaves, None for one that no term read."
         slope, n = torch.zeros_like(self.q), len(self.labels)
         if log_q is not None: slope[:n] = log_q
         if label_log_q is not None: slope[:n].scatter_add_(-1, self.labels, label_log_q[:, None])
         if q is not None: slope[:n].addcmul_(q, self.q[:n])
         if next_q is not None: slope[1:].addcmul_(next_q, self.q[1:])
         slope.addcmul_(self.q, slope.sum(-1, keepdim=True), value=-1)
-        # below it a logit counts as the floor, and does not move it
-        return slope.mul_(self.logits.clone().ge_(LOGIT_FLOOR))
+        # so far below the largest a logit counts as the floor, and does not move it
+        floor = self.logits.amax(-1, keepdim=True) + LOGIT_FLOOR
+        return slope.mul_(self.logits.clone().ge_(floor))
 
 # %% ../nbs/10_objective.ipynb #66b5b6fc
 @dataclass
@@ -152,7 +151,9 @@ def through_head(head: nn.Module, hidden: Tensor, logits: Tensor, slope: Tensor,
     if is_plain(head) and hidden.dtype == logits.dtype == head.weight.dtype:
         weight = head.weight.detach()[:logits.shape[-1]]
         if head.weight in totals:
-            totals[head.weight][:logits.shape[-1]].addmm_(slope.T, hidden.detach())
+            total = totals[head.weight][:logits.shape[-1]]
+            if total.dtype == slope.dtype: total.addmm_(slope.T, hidden.detach())
+            else: total += slope.T @ hidden.detach()
         return slope @ weight
     trained = [p for p in head.parameters() if p in totals]
     to_hidden, *found = torch.autograd.grad(logits, [hidden, *trained], slope)
@@ -180,7 +181,8 @@ class Sweep:
             dtype=torch.promote_types(self.text.student_hidden.dtype, torch.float32))
         if gradients:
             self.to_hidden = torch.zeros_like(self.text.student_hidden)
-            self.totals = {p: torch.zeros_like(p) for p in self.trained}
+            # chunk after chunk is added: in bfloat16 small ones would be lost
+            self.totals = {p: at_least_float32(torch.zeros_like(p)) for p in self.trained}
         for start in range(0, max(n, 1), self.chunk):
             self.visit_chunk(start, min(start + self.chunk, n))
         return self.loss
@@ -237,7 +239,7 @@ class _HandOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sweep: Sweep, hidden: Tensor, *trained: Tensor) -> Tensor:
         loss = sweep.run(gradients=True)
-        ctx.found = [sweep.to_hidden, *(sweep.totals.pop(p) for p in sweep.trained)]
+        ctx.found = [sweep.to_hidden, *(sweep.totals.pop(p).to(p.dtype) for p in sweep.trained)]
         return loss
 
     @staticmethod
@@ -254,8 +256,7 @@ class Evaluated(NamedTuple):
     loss: Tensor                    # scalar, Eq. 11
     sums: dict[str, Tensor]         # the terms' sums over the rows, before weights and division
     notes: dict[str, Tensor]        # sums of the diagnostics, and of their squares
-    # (N,) teacher's log-probability of each token; None where no term needed the teacher
-    label_log_p: Optional[Tensor]
+    label_log_p: Optional[Tensor]   # (N,) the teacher's, of each token; None without a teacher
 
 class Objective(nn.Module):
     """Eq. 11: the terms by name, their weights, and how many rows are projected at once.
@@ -274,7 +275,6 @@ class Objective(nn.Module):
         return [name for name, term in self.terms.items() if term.text in texts]
 
     def block(self, device: torch.device) -> int:
-        "Rows of a block on `device`."
         small = sum(p.numel() for p in self.parameters()) < 1e6
         return self.block_rows or (16 if device.type == "cpu" and small else self.chunk_tokens)
 

@@ -60,6 +60,10 @@ def run_command(flags: Sequence[str]) -> Optional[Path]:
     if config.dry_run:
         print(dry_command(flags))
         return None
+    try: Path.home()
+    except RuntimeError:        # the kernel's files lie there
+        raise ConfigError("HOME: this user has no home folder, and Jupyter needs one; set the "
+            "environment variable HOME to a folder that can be written") from None
     folder = open_run(config)
     where = os.path.relpath(folder)
     print(f"mgsr-run: {where} (each step, as it comes: log.csv there)", file=sys.stderr, flush=True)

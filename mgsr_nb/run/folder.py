@@ -7,7 +7,7 @@ __all__ = ['LEFT_FILES', 'LEFT_FOLDERS', 'run_name', 'runs_root', 'run_folder', 
            'open_run']
 
 # %% ../../nbs/20_folder.ipynb #d547ae37
-import re, shutil
+import os, re, shutil
 from pathlib import Path
 from typing import Optional
 from ..presets import METHODS, PRESETS
@@ -75,10 +75,20 @@ LEFT_FOLDERS = "checkpoints", "best", "student", "tensorboard"
 def open_run(config: RunConfig) -> Path:
     """The run's folder, with its config.json written.
 
-    Raises `ConfigError` if it holds another configuration and `overwrite` is off."""
+    Raises `ConfigError` if it holds another configuration and `overwrite` is off, or cannot be
+    written."""
     folder = run_folder(config)
+    try: return _opened(folder, config)
+    except OSError as e:
+        raise ConfigError(f"runs_dir: the run's folder {folder} cannot be written ({e}); allowed: "
+            "a folder of your own") from e
+
+def _opened(folder: Path, config: RunConfig) -> Path:
     found = recorded_digests(folder)
-    if config.digest in found and not config.overwrite: return folder
+    if config.digest in found and not config.overwrite:
+        # a finished run is only read
+        if finished(folder) or os.access(folder, os.W_OK): return folder
+        raise PermissionError("it is another user's, or read-only")
     if found and not config.overwrite:
         raise ConfigError(f"run_name: {folder} already holds a run with other parameters (digest "
             f"{found[0]}, this one {config.digest}); choose another run_name, or set overwrite "
