@@ -94,7 +94,7 @@ def continuation_ids(text: str, tokenizer, after: str = "\n") -> list[int]:
 # %% ../nbs/05_tokens.ipynb #c1646f7d
 SHORTEN = ("middle", "end", "beginning")
 GAP = "[...]"       # in place of what was taken out
-LEAST = 32          # characters; less of an input is no input
+LEAST = 16          # characters; less of an input is no input
 
 class PromptTooLong(ValueError):
     "Template and instruction leave no room for the input within the limit."

@@ -6,7 +6,7 @@ OTHER = {  # for every field another allowed value
     "method": "mgsr_off_policy", "responses": "teacher", "threshold_start": 0.5, "buffer_size": 50,
     "preset": "gpt2-dolly", "run_name": "mine", "runs_dir": "elsewhere", "overwrite": True, "seed": 1, "teacher": "gpt2", "teacher_sft_steps": 0, "student": "opt",
     "student_layers": 10, "layer_choice": "even", "lora_rank": 4, "lora_alpha": 1.0, "lora_dropout": 0.0, "precision": "float32", "data": "dolly", "data_dir": ".",
-    "template": "chat", "max_prompt_tokens": 100, "max_tokens": 300, "max_train_examples": 5, "sft_weight": 0.0, "dac_weight": 0.5, "span_weight": 0.25, "kd_weight": 1.0,
+    "template": "chat", "chat_date": "2030-01-31", "shorten": "end", "max_prompt_tokens": 100, "max_tokens": 300, "max_train_examples": 5, "sft_weight": 0.0, "dac_weight": 0.5, "span_weight": 0.25, "kd_weight": 1.0,
     "kd_loss": "jsd", "skew_alpha": 0.2, "jsd_beta": 0.1, "clip": "none", "clip_upper": 0.8, "clip_lower": 0.2, "clip_reading": "mass", "clip_fraction": 0.5,
     "mask_temperature": 0.0, "target_class": "twice", "remainder": "bucket", "dac_classes": "dense", "sub_inputs": "full", "sub_top_k": 8, "sub_layers": 0, "sub_width": 8,
     "sub_learning_rate": 0.1, "spans": "whole", "span_length": 2, "span_relation": "outer", "sampling": "mixed", "mixed_fraction": 0.0, "max_new_tokens": 1, "scrg": False,

@@ -7,24 +7,25 @@ from hypothesis import assume, given, settings, strategies as st
 from other_parameters import FIELDS, NEEDS, OTHER, bounds_of, with_needs
 from mgsr_nb.parameters import EVAL_SET_NAMES
 from mgsr_nb.presets import METHODS, PRESETS
-from mgsr_nb.config import ELSEWHERE, SOURCE_ONLY, ConfigError, RunConfig, resolve
+from mgsr_nb.config import BEFORE, ELSEWHERE, ONLY_WITH, ConfigError, RunConfig, resolve
 from mgsr_nb.files import project_root
-from mgsr_nb.run.folder import finished, open_run, run_name
+from mgsr_nb.run.folder import finished, open_run, recorded_config, recorded_digests, run_name
 
 # --- its name
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_the_digest_changes_with_what_is_computed_and_only_with_that(name):
-    source = {"sampling": SOURCE_ONLY[name]} if name in SOURCE_ONLY else {}
+    source = dict([ONLY_WITH[name]]) if name in ONLY_WITH else {}
     base, other = RunConfig(**source, **NEEDS.get(name, {})), RunConfig(**source, **with_needs(name))
     assert (base.digest == other.digest) == (name in ELSEWHERE)
     if name not in ELSEWHERE: assert run_name(base) != run_name(other)
 
-@pytest.mark.parametrize("name", SOURCE_ONLY)
-def test_what_another_source_would_need_makes_no_other_run(name):
-    for sampling in ("fixed", "on_policy", "mixed", "off_policy"):
-        base, other = (resolve(sampling=sampling, scrg=False, **more) for more in ({}, {name: OTHER[name]}))
-        assert (base.digest == other.digest) == (run_name(base) == run_name(other)) == (sampling != SOURCE_ONLY[name])
+@pytest.mark.parametrize("name", ONLY_WITH)
+def test_what_only_another_run_would_need_makes_no_other_run(name):
+    other, value = ONLY_WITH[name]
+    for kind in get_args(FIELDS[other].annotation):
+        base, changed = (resolve({other: kind}, scrg=False, **more) for more in ({}, {name: OTHER[name]}))
+        assert (base.digest == changed.digest) == (run_name(base) == run_name(changed)) == (kind != value)
 
 def allowed_values(name):
     "A strategy of allowed values of one field; names of models as they are on the hub, without characters that a folder cannot have."
@@ -97,6 +98,24 @@ def test_open_run_finds_its_own_and_refuses_another(tmp_path):
     with pytest.raises(ConfigError) as e: open_run(make(seed=2))
     assert str(e.value).startswith("run_name: ") and str(folder) in str(e.value) and make(seed=1).digest in str(e.value) and "overwrite" in str(e.value)
     assert (folder / "config.json").read_bytes() == before and finished(folder)
+
+def test_a_run_from_before_prompts_were_shortened_does_not_pass_for_one_of_today(tmp_path):
+    "It keeps its digest, is named by what it did, and can be gone on with by that name."
+    make = lambda **kw: resolve(runs_dir=str(tmp_path), run_name="x", **kw)
+    folder = open_run(make(shorten="beginning"))
+    record = json.loads((folder/"config.json").read_text(encoding="utf-8"))
+    assert record.pop("shorten") == BEFORE["shorten"] and record.pop("chat_date") == BEFORE["chat_date"]
+    (folder/"config.json").write_text(json.dumps(record), encoding="utf-8")
+    assert recorded_digests(folder) == [make(shorten="beginning").digest] != [make().digest]
+    assert open_run(make(shorten="beginning")) == folder
+    with pytest.raises(ConfigError, match="shorten 'beginning' there, 'middle' here"): open_run(make())
+
+COMMITTED = Path(__file__).resolve().parents[1]/"runs"/"components"/"span"/"seed0"
+
+@pytest.mark.skipif(not COMMITTED.is_dir(), reason="a clone without its runs")
+def test_a_committed_run_keeps_its_digest():
+    assert recorded_digests(COMMITTED) == ["364d519345a9d7b1", "6f00c20f371bef84"]
+    assert recorded_config(COMMITTED).shorten == "beginning"
 
 def test_overwrite_takes_the_old_results_away(tmp_path):
     make = lambda **kw: resolve(runs_dir=str(tmp_path), run_name="x", **kw)

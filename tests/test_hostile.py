@@ -115,7 +115,7 @@ def test_an_id_that_comes_twice_is_refused_with_both_lines(tmp_path):
     with pytest.raises(DataError, match="line 2.*line 1"): load_eval_set("sinst", tmp_path)
 
 @pytest.mark.parametrize("row,words", [(b'{"instruction": "' + b"x" * 3_000_000, "line 2: not JSON"), (b"\0" * 1000, "line 2: not JSON"), (b"[" * 100_000, "line 2: not JSON"),
-                                       (json.dumps({**GOOD, "id": 7}).encode(), "line 2, field 'id': expected a string, found int"), (b'{"a": 1e999}', "line 2, field 'output': missing"),
+                                       (json.dumps({**GOOD, "id": [7]}).encode(), "line 2, field 'id': expected a string, found list"), (b'{"a": 1e999}', "line 2, field 'output': missing"),
                                        (b"\xff\xfe{}", "line 2: not UTF-8"), (b"NaN", "line 2: a JSON float, expected an object"), (b'{"id": ' + b"9" * 5000 + b"}", "line 2: not JSON")],
                          ids=["long and cut off", "zeros", "deep", "id", "field", "UTF-16", "number", "digits"])
 def test_a_line_that_is_no_record_is_named(tmp_path, row, words):
@@ -124,14 +124,14 @@ def test_a_line_that_is_no_record_is_named(tmp_path, row, words):
     assert f"{path}, {words}" in str(e.value) and len(str(e.value)) < 1000
 
 def test_a_huge_line_is_read_whole_and_cut_to_the_limits(tmp_path):
-    "A prompt longer than the limit keeps its end, a response longer than the rest has no EOS, an empty one is EOS alone, and text that spells special tokens is text."
+    "A prompt longer than the limit is shortened, a response longer than the rest has no EOS, an empty one is EOS alone, and text that spells special tokens is text."
     tokenizer, long = byte_level(bos=True), "word " * 20_000
     special = "".join(tokenizer.all_special_tokens)
-    write(tmp_path, {**GOOD, "instruction": long}, {**GOOD, "output": long}, {**GOOD, "output": ""}, {**GOOD, "instruction": special, "input": special, "output": special})
-    assert len(read_jsonl(tmp_path/"sinst/valid.jsonl")[0][1]["instruction"]) == len(long)
-    prompts, response, empty, tokens = [encode(e, tokenizer, "alpaca", 30, 40) for e in load_eval_set("sinst", tmp_path)]
-    assert len(prompts.prompt_ids) == 30 and tokenizer.decode(prompts.prompt_ids).endswith("### Response:\n") and prompts.prompt_ids[0] == tokenizer.bos_token_id
-    assert len(response.prompt_ids) + len(response.response_ids) == 40 and tokenizer.eos_token_id not in response.response_ids
+    write(tmp_path, {**GOOD, "input": long}, {**GOOD, "output": long}, {**GOOD, "output": ""}, {**GOOD, "instruction": special, "input": special, "output": special})
+    assert len(read_jsonl(tmp_path/"sinst/valid.jsonl")[0][1]["input"]) == len(long)
+    prompts, response, empty, tokens = [encode(e, tokenizer, "alpaca", 90, 100) for e in load_eval_set("sinst", tmp_path)]
+    assert 70 < len(prompts.prompt_ids) <= 90 and tokenizer.decode(prompts.prompt_ids).endswith("### Response:\n") and prompts.prompt_ids[0] == tokenizer.bos_token_id
+    assert len(response.prompt_ids) + len(response.response_ids) == 100 and tokenizer.eos_token_id not in response.response_ids
     assert empty.response_ids == [tokenizer.eos_token_id]
     [whole] = [encode(e, tokenizer, "alpaca", 2000, 4000) for e in load_eval_set("sinst", tmp_path)[3:]]
     assert whole.response_ids[-1] == tokenizer.eos_token_id and not set(tokenizer.all_special_ids) & set(whole.response_ids[:-1] + whole.prompt_ids[1:])

@@ -3,8 +3,9 @@ import random
 import pytest, torch
 from toy_tokenizers import byte_level, sentence_piece
 from mgsr_nb import tokens as T
-from mgsr_nb.data import Example, make_prompt
-from mgsr_nb.tokens import Batch, batch_indices, bos_ids, collate, continuation_ids, cut_at_stop, encode, labels, prompt_ids, supervised
+from mgsr_nb.data import Example
+from mgsr_nb.tokens import (GAP, LEAST, Batch, PromptTooLong, alpaca_prompt, batch_indices, bos_ids, collate, continuation_ids, cut_at_stop, encode, labels, make_prompt, on_the_day,
+                            prompt_ids, shortened, supervised)
 
 PARIS = Example("1", "What is the capital of France?", references=("Paris is the capital.", "Paris"))
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}answer:{% endif %}"
@@ -116,9 +117,53 @@ def test_pitfall_23_truncation_keeps_the_end_of_the_template_and_a_response_toke
     long = Example("1", "Count " + "the sheep " * 300, references=("one two three " * 200,))
     end = prompt_ids(make_prompt(long), tokenizer)[-limit + 1:]
     for max_tokens in (limit + 1, limit + 5):
-        e = encode(long, tokenizer, max_prompt_tokens=limit, max_tokens=max_tokens)
-        assert len(e.prompt_ids) == limit and e.prompt_ids[1:] == end
+        e = encode(long, tokenizer, max_prompt_tokens=limit, max_tokens=max_tokens, shorten="beginning")
+        assert e.cut and len(e.prompt_ids) == limit and e.prompt_ids[1:] == end
         assert len(e.response_ids) == max_tokens - limit and tokenizer.eos_token_id not in e.response_ids
+
+SHEEP = Example("1", "Count the animals of this text.", "One sheep, two sheep and a dog that barks. " * 40, references=("one two three " * 200,))
+
+@pytest.mark.pitfall(23)
+@every_tokenizer
+@pytest.mark.parametrize("where", ["middle", "end"])
+@pytest.mark.parametrize("limit", [120, 141, 190])
+def test_pitfall_23_a_long_prompt_is_shortened_in_its_input_and_nowhere_else(tokenizer, where, limit):
+    "Template and instruction are whole, the input keeps whole words of its beginning (and end), and there is no room for many more."
+    e = encode(SHEEP, tokenizer, "alpaca", limit, limit + 9, where)
+    text = tokenizer.decode(e.prompt_ids[len(bos_ids(tokenizer)):])
+    first, last = alpaca_prompt(SHEEP.instruction, "\0").split("\0")
+    assert e.cut and e.example is SHEEP and text.startswith(first) and text.endswith(last)
+    left = text[len(first):-len(last)]
+    parts = left.split(GAP)
+    assert len(parts) == 2 and SHEEP.input.startswith(parts[0].strip() + " ") and (parts[1] == "" if where == "end" else SHEEP.input.endswith(" " + parts[1].lstrip()))
+    assert limit - 20 <= len(e.prompt_ids) <= limit and len(e.response_ids) == limit + 9 - len(e.prompt_ids)
+
+@pytest.mark.pitfall(23)
+@every_tokenizer
+def test_pitfall_23_what_cannot_be_shortened_is_refused(tokenizer):
+    n = len(encode(SHEEP, tokenizer, "alpaca", 2000, 3000).prompt_ids)
+    assert not encode(SHEEP, tokenizer, "alpaca", n, 3000).cut and encode(SHEEP, tokenizer, "alpaca", n - 1, 3000).cut
+    question = Example("1", "Count " + "the sheep " * 30, references=("one",))
+    for example in (question, Example("1", question.instruction, SHEEP.input, ("one",)), Example("1", "Count.", "a" * (LEAST - 1), ("one",))):
+        least = len(prompt_ids(make_prompt(Example("1", example.instruction, example.input and GAP)), tokenizer))
+        with pytest.raises(PromptTooLong): encode(example, tokenizer, "alpaca", least - 1, 3000)
+    room = next(n for n in range(20, 200) if fits(SHEEP, tokenizer, n))
+    text = tokenizer.decode(encode(SHEEP, tokenizer, "alpaca", room, 3000).prompt_ids)
+    assert LEAST - 25 <= len(text.split("### Input:\n")[1].split("\n\n###")[0]) - len(GAP) <= LEAST + 25
+
+def fits(example, tokenizer, limit):
+    try: return encode(example, tokenizer, "alpaca", limit, 3000)
+    except PromptTooLong: return None
+
+@pytest.mark.parametrize("text", ["狗在山谷里叫了三次。" * 60, "😀" * 400, "x" * 900, "a b " * 300, "line\n" * 300, " " * 500 + "end"])
+@pytest.mark.parametrize("where", ["middle", "end"])
+def test_any_text_can_be_shortened(text, where):
+    for keep in (LEAST, 99, 200):
+        short = shortened(text, keep, where)
+        assert GAP in short and len(short) <= keep + len(GAP) + 4
+        for part in short.split(GAP): assert part.strip() in text
+    e = encode(Example("1", "Say it.", text, ("x",)), byte_level(), "alpaca", 150, 160, where)
+    assert e.cut and len(e.prompt_ids) <= 150 and "\ufffd" not in byte_level().decode(e.prompt_ids)
 
 @pytest.mark.pitfall(23)
 @every_tokenizer
@@ -136,13 +181,14 @@ def test_pitfall_23_a_response_that_fits_ends_with_eos(tokenizer):
 @pytest.mark.parametrize("limit", [10, 400])
 def test_pitfall_24_same_special_tokens_in_training_and_evaluation(tokenizer, limit):
     "What generation starts from (the prompt's ids) is what training puts before the response, BOS by the tokenizer's own convention."
-    e = encode(PARIS, tokenizer, max_prompt_tokens=limit, max_tokens=600)
+    shorten = "beginning" if limit == 10 else "middle"
+    e = encode(PARIS, tokenizer, max_prompt_tokens=limit, max_tokens=600, shorten=shorten)
     expected = [tokenizer.bos_token_id] if tokenizer("x").input_ids[0] == tokenizer.bos_token_id else []
     assert bos_ids(tokenizer) == expected and e.prompt_ids[:len(expected)] == expected
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     assert [i for i in e.prompt_ids if i in special] == expected
     assert [i for i in e.response_ids if i in special] == [tokenizer.eos_token_id]
-    assert encode(PARIS, tokenizer, max_prompt_tokens=limit, max_tokens=limit + 1).prompt_ids == e.prompt_ids
+    assert encode(PARIS, tokenizer, max_prompt_tokens=limit, max_tokens=limit + 1, shorten=shorten).prompt_ids == e.prompt_ids
 
 @pytest.mark.pitfall(24)
 def test_pitfall_24_a_chat_template_with_bos_does_not_double_it():
@@ -151,6 +197,37 @@ def test_pitfall_24_a_chat_template_with_bos_does_not_double_it():
     try: ids = encode(PARIS, tokenizer, template="chat").prompt_ids
     finally: tokenizer.chat_template = None
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+
+def test_prompt_with_and_without_input():
+    assert alpaca_prompt("Do it.") == ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+                                       "### Instruction:\nDo it.\n\n### Response:\n")
+    assert alpaca_prompt("Do it.", "x") == ("Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
+                                            "appropriately completes the request.\n\n### Instruction:\nDo it.\n\n### Input:\nx\n\n### Response:\n")
+    assert make_prompt(PARIS) == alpaca_prompt(PARIS.instruction)
+
+def test_chat_prompt_and_its_errors():
+    tokenizer = byte_level()
+    with pytest.raises(ValueError, match="chat template"): make_prompt(PARIS, "chat", tokenizer)
+    with pytest.raises(ValueError, match="allowed: alpaca, chat"): make_prompt(PARIS, "llama")
+    tokenizer.chat_template = CHAT
+    try: assert make_prompt(Example("1", "Sum up.", "A text."), "chat", tokenizer) == "<s>Sum up.\n\nA text.\nanswer:"
+    finally: tokenizer.chat_template = None
+
+DATED = "Today is {{ strftime_now('%d %b %Y') }}{% if strftime_now is defined %} ({{ strftime_now( \"%Y\" ) }}){% endif %}.{{ messages[0]['content'] }}"
+
+def test_the_date_of_a_chat_template_is_a_parameter_and_not_today():
+    tokenizer = byte_level()
+    tokenizer.chat_template = DATED
+    try:
+        assert make_prompt(PARIS, "chat", tokenizer) == f"Today is 26 Jul 2024 (2024).{PARIS.instruction}"
+        assert make_prompt(PARIS, "chat", tokenizer, "2030-01-31").startswith("Today is 31 Jan 2030 (2030).")
+        ids = [encode(PARIS, tokenizer, "chat", 200, 300, "middle", day).prompt_ids for day in ("2030-01-31", "2030-02-01", "2030-01-31")]
+        assert ids[0] == ids[2] != ids[1]
+        tokenizer.chat_template = "{% set form = '%d' %}" + DATED.replace("'%d %b %Y'", "form")
+        with pytest.raises(ValueError, match="two runs would differ"): make_prompt(PARIS, "chat", tokenizer)
+    finally: tokenizer.chat_template = None
+
+def test_a_template_without_a_date_stays_as_it_is(): assert on_the_day(CHAT, "2030-01-31") == CHAT
 
 @every_tokenizer
 def test_text_that_spells_a_special_token_is_text(tokenizer):

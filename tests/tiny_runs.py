@@ -23,8 +23,8 @@ def save_pair(folder, kind):
     return save_tiny(Path(folder)/"teacher", kind, 3, seed=2), save_tiny(Path(folder)/"student", kind, 2, seed=1)
 
 def tiny_parameters(runs_dir, teacher, **more):
-    "Parameters of a run of two steps on eight examples of the shipped data; `more` wins."
-    return dict(runs_dir=str(runs_dir), teacher=str(teacher), teacher_sft_steps=1, student_layers=2, precision="float32", max_prompt_tokens=40, max_tokens=100, max_train_examples=8,
+    "Parameters of a run of two steps on eight examples of the shipped data, whose ends fill a prompt of 40 tokens; `more` wins."
+    return dict(runs_dir=str(runs_dir), teacher=str(teacher), teacher_sft_steps=1, student_layers=2, precision="float32", max_prompt_tokens=40, max_tokens=100, shorten="beginning", max_train_examples=8,
                 max_new_tokens=4, max_steps=2, batch_size=4, warmup_steps=1, learning_rate=1e-3, chunk_tokens=50, sub_width=8, sub_top_k=8, eval_prompts=2, eval_every=0, eval_batch_size=2) | more
 
 # what of the parameters a `Setup` depends on, as far as tests change it

@@ -30,6 +30,7 @@ def rehearsal(config: RunConfig, teacher: str, student: str, folder: Path) -> Ru
     small |= dict(teacher=teacher, student=student, max_train_examples=8, eval_prompts=2,
                   eval_seeds=config.eval_seeds.split(",")[0], log_every=1, run_name="rehearsal",
                   runs_dir=str(folder), dry_run=False)
+    small |= dict(shorten="beginning")      # no template fits into so few tokens
     # the student writes in the first step
     small |= dict(buffer_size=small["batch_size"], threshold_start=1.0, mixed_fraction=1.0)
     if not config.data_dir: small |= dict(data="tiny", eval_sets="tiny")
