@@ -14,7 +14,7 @@ spec.loader.exec_module(gpu_check)
 @pytest.fixture
 def parameters(tmp_path, monkeypatch):
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"cache"))
-    return dict(teacher=save_pair(tmp_path, "gpt2")[0], student_layers=2, max_prompt_tokens=40,
+    return dict(teacher=save_pair(tmp_path, "gpt2")[0], student_layers=2, max_prompt_tokens=40, shorten="beginning",
                 max_tokens=100, max_new_tokens=4, max_train_examples=8, chunk_tokens=50,
                 sub_top_k=8, learning_rate=1e-3)
 

@@ -17,7 +17,7 @@ def test_the_rehearsal_changes_what_makes_it_small_and_nothing_else():
     small = rehearsal(config, "t", "s", Path("folder"))
     unbounded = {"run_name", "runs_dir", "teacher", "student", "data", "max_train_examples",
                  "threshold_start", "mixed_fraction", "buffer_size", "batch_size", "eval_sets",
-                 "eval_prompts", "eval_seeds", "log_every"}
+                 "eval_prompts", "eval_seeds", "log_every", "shorten"}
     # the preset's own are not larger
     assert changed(config, small) == unbounded | set(LIMITS) - {"student_sft_steps", "warmup_steps"}
     assert (small.batch_size, small.micro_batch_size) == (4, 2)    # 32 in two parts of 16, small

@@ -97,8 +97,8 @@ def test_a_set_of_which_nothing_is_left_is_refused_by_its_name(counted, tmp_path
     with pytest.raises(ConfigError, match=f"^max_prompt_tokens: none of the 3 prompts of {name} fits into 100 tokens"): R.setup.load_data(config, byte_level())
 
 def test_a_whole_run_with_shortened_prompts_says_so(config):
-    "The first eight examples: five fit, three lose the middle of their input."
+    "Of the first nine examples six fit, two lose the middle of their input, and one has too long an instruction."
     from mgsr_nb.run.results import run
     metrics = run(config("llama", shorten="middle", max_prompt_tokens=110, max_tokens=124), cpu=True)
-    assert metrics["data"]["prompts"]["training"] == {"shortened": 3, "dropped": 0} and metrics["config"]["shorten"] == "middle"
+    assert metrics["data"]["prompts"]["training"] == {"shortened": 2, "dropped": 1} and metrics["config"]["shorten"] == "middle"
     assert metrics["data"]["prompts"].keys() == {"training", "validation", "tiny"} and metrics["data"]["eval_files"] == {"tiny": "tiny_instruct/test.jsonl"}

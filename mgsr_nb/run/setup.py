@@ -122,7 +122,8 @@ def that_fit(name: str, found: Sequence[Optional[Encoded]], config: RunConfig,
     dropped, limit = len(found) - len(kept), config.max_prompt_tokens
     if not kept:
         raise ConfigError(f"max_prompt_tokens: none of the {dropped} prompts of {name} fits into "
-            f"{limit} tokens with its template and instruction whole; allowed: more tokens")
+            f"{limit} tokens with its template and instruction whole; allowed: more tokens, or "
+            "shorten beginning")
     report["prompts"][name] = {"shortened": sum(e.cut for e in kept), "dropped": dropped}
     if dropped * 10 > len(found):
         report["notes"].append(f"{name}: {dropped} of {len(found)} prompts are dropped: template "
