@@ -5,64 +5,69 @@
 # %% auto #0
 __all__ = ['PRESETS', 'METHODS']
 
+# %% ../nbs/00_presets.ipynb #8cb77b91
+# what the DistiLLM protocol and the paper share; 32 sequences a step are 4 GPUs x 8, an epoch is
+# about 13,400 examples or 420 steps
+_protocol = dict(
+    data="dolly", max_prompt_tokens=256, max_tokens=512, max_new_tokens=256,
+    batch_size=32, micro_batch_size=8, chunk_tokens=1024, warmup_steps=0, learning_rate=5e-4,
+    eval_prompts=0, eval_seeds="10,20,30,40,50", eval_exposure=True,
+    eval_every=420, checkpoint_every=420, log_every=10, select="rouge_l")
+# f_sub as printed; 20 epochs of all weights, or 10 of adapters on query and value
+_paper = dict(_protocol, sub_inputs="full", sub_width=256, sub_learning_rate=5e-4,
+    teacher_sft_steps=4200)
+_whole = dict(_paper, max_steps=8400)
+_lora = dict(_paper, max_steps=4200, lora_rank=16)
+
 # %% ../nbs/00_presets.ipynb #95db30a9
-# the settings that the paper and the DistiLLM protocol share; 32 sequences a step are 4 GPUs x 8,
-# an epoch is about 13,400 examples or 420 steps
-_paper = dict(data="dolly", max_prompt_tokens=256, max_tokens=512, max_new_tokens=256,
-    batch_size=32, micro_batch_size=8, warmup_steps=0, learning_rate=5e-4,
-              chunk_tokens=1024, eval_prompts=0, eval_seeds="10,20,30,40,50", eval_every=420,
-              checkpoint_every=420, log_every=10, select="rouge_l", eval_exposure=True)
-_full = dict(sub_inputs="full", sub_width=256, sub_learning_rate=5e-4)     # f_sub as printed
-# 10 epochs, adapters on query and value
-_lora = dict(lora_rank=16, max_steps=4200, teacher_sft_steps=4200)
 PRESETS = {
     "quickstart": {},
-    "smollm2-dolly": dict(data="dolly", teacher_sft_steps=150, batch_size=8, max_prompt_tokens=192,
-        max_tokens=320, max_new_tokens=96, max_steps=120,
-                          warmup_steps=10, eval_prompts=64, eval_every=40, checkpoint_every=40),
-    # small enough for a whole suite of ablations on two cores: a cell takes minutes. Its 96 texts
+    "smollm2-dolly": dict(
+        data="dolly", max_prompt_tokens=192, max_tokens=320, max_new_tokens=96,
+        teacher_sft_steps=150, batch_size=8, max_steps=120, warmup_steps=10,
+        eval_prompts=64, eval_every=40, checkpoint_every=40),
+    # small enough for a whole suite of ablations on two cores: a cell takes minutes; its 96 texts
     # need a threshold that does not start at 0, and a buffer that fills
-    "laptop-dolly": dict(data="dolly", teacher_sft_steps=100, max_prompt_tokens=96, max_tokens=144,
-        max_new_tokens=32, max_steps=24, threshold_start=0.5, buffer_size=16,
-                         eval_prompts=64, eval_every=12, save_samples=8),
-    # 20 epochs, all weights
-    "gpt2-dolly": dict(_paper, **_full, teacher="openai-community/gpt2-xl",
-        student="openai-community/gpt2", teacher_sft_steps=4200, max_steps=8400),
-    "opt-dolly": dict(_paper, **_full, **_lora, teacher="facebook/opt-6.7b",
-        student="facebook/opt-1.3b"),
-    "openllama-dolly": dict(_paper, **_full, **_lora, teacher="openlm-research/open_llama_7b_v2",
-        student="openlm-research/open_llama_3b_v2"),
-    "llama2-dolly": dict(_paper, **_full, **_lora, teacher="meta-llama/Llama-2-13b-hf",
-        student="meta-llama/Llama-2-7b-hf"),
-    # a modern pair for one GPU, not the paper's: instruction-tuned already, so a short start; f_sub
-    # reads the top of a vocabulary of 152k
-    "qwen-dolly": dict(_paper, teacher="Qwen/Qwen2.5-1.5B-Instruct",
-        student="Qwen/Qwen2.5-0.5B-Instruct", teacher_sft_steps=420, max_steps=1260,
-        learning_rate=5e-5, warmup_steps=40),
+    "laptop-dolly": dict(
+        data="dolly", max_prompt_tokens=96, max_tokens=144, max_new_tokens=32,
+        teacher_sft_steps=100, max_steps=24, threshold_start=0.5, buffer_size=16,
+        eval_prompts=64, eval_every=12, save_samples=8),
+    "gpt2-dolly": dict(_whole,
+        teacher="openai-community/gpt2-xl", student="openai-community/gpt2"),
+    "opt-dolly": dict(_lora,
+        teacher="facebook/opt-6.7b", student="facebook/opt-1.3b"),
+    "openllama-dolly": dict(_lora,
+        teacher="openlm-research/open_llama_7b_v2", student="openlm-research/open_llama_3b_v2"),
+    "llama2-dolly": dict(_lora,
+        teacher="meta-llama/Llama-2-13b-hf", student="meta-llama/Llama-2-7b-hf"),
+    # not the paper's: instruction-tuned already, so a short start, and f_sub reads the top of a
+    # vocabulary of 152k
+    "qwen-dolly": dict(_protocol,
+        teacher="Qwen/Qwen2.5-1.5B-Instruct", student="Qwen/Qwen2.5-0.5B-Instruct",
+        teacher_sft_steps=420, max_steps=1260, learning_rate=5e-5, warmup_steps=40),
 }
 
 # %% ../nbs/00_presets.ipynb #4354e2fd
 _plain = dict(dac_weight=0.0, span_weight=0.0, scrg=False)      # none of the method's own terms
+_kd = dict(_plain, kd_weight=1.0)
+
 METHODS = {
-    # the paper, on-policy
+    # the paper: on the student's own samples, or with DistiLLM's schedule
     "mgsr": {},
-    # the paper, with DistiLLM's schedule
     "mgsr_off_policy": dict(sampling="off_policy"),
     "sft": dict(_plain, sampling="fixed"),
     # Hinton et al., 2015
-    "kd": dict(_plain, sampling="fixed", kd_weight=1.0, kd_loss="forward_kl"),
-    # Kim and Rush, 2016: NLL on teacher text, nothing else
+    "kd": dict(_kd, sampling="fixed", kd_loss="forward_kl"),
+    # Kim and Rush, 2016: NLL on teacher text, nothing else; then with KD on it
     "seqkd": dict(_plain, sampling="fixed", responses="teacher"),
-    "seqkd_kd": dict(_plain, sampling="fixed", responses="teacher", kd_weight=1.0,
-        kd_loss="forward_kl"),
+    "seqkd_kd": dict(_kd, sampling="fixed", responses="teacher", kd_loss="forward_kl"),
     # Lin et al., 2020
-    "imitkd": dict(_plain, sampling="mixed", kd_weight=1.0, kd_loss="forward_kl"),
+    "imitkd": dict(_kd, sampling="mixed", kd_loss="forward_kl"),
     # Agarwal et al., 2024
-    "gkd": dict(_plain, sampling="mixed", kd_weight=1.0, kd_loss="jsd", jsd_beta=0.5),
+    "gkd": dict(_kd, sampling="mixed", kd_loss="jsd", jsd_beta=0.5),
     # Gu et al., 2024
     "minillm": dict(_plain, sampling="on_policy", pg_weight=1.0, teacher_mix=0.2),
     # Ko et al., 2024
-    "distillm": dict(_plain, sampling="off_policy", kd_weight=1.0, kd_loss="skew_reverse_kl"),
-    "distillm_forward": dict(_plain, sampling="off_policy", kd_weight=1.0,
-        kd_loss="skew_forward_kl"),
+    "distillm": dict(_kd, sampling="off_policy", kd_loss="skew_reverse_kl"),
+    "distillm_forward": dict(_kd, sampling="off_policy", kd_loss="skew_forward_kl"),
 }

@@ -24,10 +24,10 @@ def bos_ids(tokenizer) -> list[int]:
 def prompt_ids(prompt: str, tokenizer, template: str = "alpaca") -> list[int]:
     """Ids of a prompt, BOS first where the tokenizer's convention has it (once, even if a chat
     template spells it out)."""
-    # Markers in a chat template are tokens; in user text such as the HTML tag <s> they are only
-    # characters.
-    ids = tokenizer(prompt, add_special_tokens=False,
-        split_special_tokens=template != "chat").input_ids
+    # a marker of a chat template is a token; in a user's text, say the HTML tag <s>, it is
+    # characters
+    as_text = template != "chat"
+    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=as_text).input_ids
     bos = bos_ids(tokenizer)
     return ids if ids[:1] == bos else bos + ids
 
@@ -35,10 +35,9 @@ def prompt_ids(prompt: str, tokenizer, template: str = "alpaca") -> list[int]:
 def continuation_ids(text: str, tokenizer, after: str = "\n") -> list[int]:
     """Ids of `text` as it reads after the character `after`, special tokens spelled out as
     characters, none added."""
-    plain = lambda s: tokenizer(s, add_special_tokens=False, split_special_tokens=True).input_ids
+    def plain(s): return tokenizer(s, add_special_tokens=False, split_special_tokens=True).input_ids
     anchor, both = plain(after), plain(after + text)
-    # If the border was merged into one token, the anchor's ids are not a prefix: take the text
-    # alone.
+    # if the border was merged into one token, the anchor's ids are no prefix: the text alone
     return both[len(anchor):] if both[:len(anchor)] == anchor else plain(text)
 
 # %% ../nbs/05_tokens.ipynb #57a1a6ca
@@ -61,15 +60,15 @@ def encode(example: Example, tokenizer, template: str = "alpaca", max_prompt_tok
 
     ValueError if the limits leave no room for one."""
     if not 2 <= max_prompt_tokens < max_tokens:
-        raise ValueError(f"max_prompt_tokens: {max_prompt_tokens}; allowed: 2 to max_tokens - 1 = "
-            f"{max_tokens - 1}")
+        raise ValueError(f"max_prompt_tokens: {max_prompt_tokens}; "
+            f"allowed: 2 to max_tokens - 1 = {max_tokens - 1}")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token: responses could not end")
     prompt = make_prompt(example, template, tokenizer)
     head = cut_prompt(prompt_ids(prompt, tokenizer, template), max_prompt_tokens,
         bos_ids(tokenizer))
-    response = (continuation_ids(example.references[0], tokenizer,
-            prompt[-1:]) + [tokenizer.eos_token_id])
+    response = continuation_ids(example.references[0], tokenizer, prompt[-1:])
+    response.append(tokenizer.eos_token_id)
     return Encoded(head, response[:max_tokens - len(head)], example)
 
 # %% ../nbs/05_tokens.ipynb #64f3d308
@@ -106,11 +105,10 @@ def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, s
     if not all(len(p) for p, _ in pairs):
         raise ValueError(
             "collate: an empty prompt leaves no row that predicts the first response token")
-    lengths = torch.tensor([[len(p), len(r)] for p, r in pairs])        # [B,2]
-    total = lengths.sum(1, keepdim=True)                                # [B,1]
+    lengths = torch.tensor([[len(p), len(r)] for p, r in pairs])            # [B,2]
+    total = lengths.sum(1, keepdim=True)                                    # [B,1]
     T = max(int(total.max()), width)
-    # [B,T], 0 on the first real token
-    place = torch.arange(T) - (T - total if side == "left" else 0)
+    place = torch.arange(T) - (T - total if side == "left" else 0)          # [B,T], 0: first token
     real = (place >= 0) & (place < total)
     input_ids = torch.full(real.shape, pad_id)
     input_ids[real] = torch.tensor([i for p, r in pairs for i in (*p, *r)])
@@ -118,8 +116,7 @@ def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, s
 
 # %% ../nbs/05_tokens.ipynb #98cef7d6
 def supervised(batch: Batch) -> Tensor:
-    """(B,T) bool: True at t when the token at t+1 is a response token, so that the model's row t is
-    trained."""
+    "(B,T) bool: True at t if the token at t+1 is a response token: the model's row t is trained."
     last = torch.zeros_like(batch.response_mask[:, :1])
     return torch.cat([batch.response_mask[:, 1:], last], dim=1)
 
@@ -132,9 +129,8 @@ def labels(batch: Batch) -> Tensor:
 # %% ../nbs/05_tokens.ipynb #cf67de49
 @lru_cache(maxsize=8)
 def _epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The permutation of one epoch.
-
-    Seeding `Random` with a string is stable across Python versions and platforms."""
+    "The permutation of one epoch."
+    # seeding with a string is stable across Python versions and platforms
     return tuple(random.Random(f"{seed}/{epoch}").sample(range(n_examples), n_examples))
 
 def batch_indices(n_examples: int, batch_size: int, step: int, seed: int,

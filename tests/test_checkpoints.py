@@ -46,7 +46,7 @@ def test_pitfall_32_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     assert steps(first) == [2, 3] and not damage(first.folder/"checkpoints/step-000003")
     DAMAGE[how](first.folder/"checkpoints/step-000003")
     second = start()
-    with pytest.warns(UserWarning, match="step-000003 is damaged .*not used"): assert second.resume() == 2
+    with pytest.warns(UserWarning, match="step-000003 is damaged .*not used"): assert second.checkpoints.resume() == 2
     second.fit()
     assert all(torch.equal(v, state(whole.distiller)[n]) for n, v in state(second.distiller).items()) and plain(second.progress.log) == plain(whole.progress.log)
 
@@ -54,7 +54,7 @@ def test_with_no_whole_checkpoint_it_begins_again(start):
     first = start()
     with pytest.raises(Interrupted): first.fit(interrupt_at(4))
     for step in (2, 3): flip(first.folder/f"checkpoints/step-00000{step}/model.safetensors")
-    with pytest.warns(UserWarning) as said: assert start().resume() == 0
+    with pytest.warns(UserWarning) as said: assert start().checkpoints.resume() == 0
     assert len([w for w in said if "model.safetensors is not what was written" in str(w.message)]) == 2
 
 def test_an_intact_checkpoint_warns_of_nothing(start):
@@ -62,7 +62,7 @@ def test_an_intact_checkpoint_warns_of_nothing(start):
     with pytest.raises(Interrupted): first.fit(interrupt_at(3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert start().resume() == 2
+        assert start().checkpoints.resume() == 2
 
 def test_old_checkpoints_go_only_when_the_new_one_was_read_back(start, monkeypatch):
     t = start()
@@ -74,7 +74,7 @@ def test_old_checkpoints_go_only_when_the_new_one_was_read_back(start, monkeypat
     monkeypatch.setattr(R.checkpoints.os, "replace", lossy)
     with pytest.raises(TrainingError, match="step 4: no checkpoint could be written .*optimizer.bin is not what was written.*step-000002, step-000003"): t.checkpoints.save()
     assert steps(t) == [2, 3, 4]
-    with pytest.warns(UserWarning, match="step-000004 is damaged"): assert start().resume() == 3
+    with pytest.warns(UserWarning, match="step-000004 is damaged"): assert start().checkpoints.resume() == 3
 
 @pytest.fixture
 def small_disk():
@@ -95,7 +95,7 @@ def test_a_full_disk_ends_the_run_in_words_and_leaves_what_was_there(start, smal
     try:
         with pytest.raises(TrainingError, match=r"^step 4: no checkpoint could be written to .*checkpoints \(.*\). Checkpoints that are there: step-000002, step-000003. Make room"): t.checkpoints.save()
     finally: small_disk(resource.RLIM_INFINITY)
-    assert steps(t) == [2, 3] and start().resume() == 3
+    assert steps(t) == [2, 3] and start().checkpoints.resume() == 3
 
 @pytest.mark.parametrize("file", ["optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl"])
 def test_a_file_that_torch_did_not_finish_is_noticed(start, monkeypatch, file):
@@ -107,7 +107,7 @@ def test_a_file_that_torch_did_not_finish_is_noticed(start, monkeypatch, file):
         os.truncate(Path(part)/file, (Path(part)/file).stat().st_size - 10)
     monkeypatch.setattr(t.accelerator, "save_state", cut)
     with pytest.raises(TrainingError, match=f"^step 4: no checkpoint could be written to .*not written to the end: {file}"): t.checkpoints.save()
-    assert steps(t) == [2, 3] and start().resume() == 3
+    assert steps(t) == [2, 3] and start().checkpoints.resume() == 3
 
 def test_a_file_that_does_not_fit_is_named_and_leaves_nothing(tmp_path, small_disk):
     write_atomic(tmp_path/"log.csv", "old")
@@ -137,7 +137,8 @@ def test_in_memory_no_checkpoint_is_asked_for(start):
 @pytest.mark.parametrize("metric", ["nll", "rouge_l"])
 def test_nan_is_never_the_best(start, metric):
     t = start(select=metric, eval_every=1, run_name=metric)
-    t.folder, said = None, []
+    t.folder = t.best.folder = None
+    said = []
     for step, value in enumerate([math.nan, 3., math.nan, 2., math.nan, 4., math.nan]):
         t.progress.step = step
         t.keep_best({f"validation_{metric}": value})
@@ -147,9 +148,9 @@ def test_nan_is_never_the_best(start, metric):
 @pytest.mark.parametrize("at,value", [(0, math.nan), (2, math.nan), (4, math.inf)])
 def test_a_validation_that_is_no_number_ends_the_run_with_its_step_and_keeps_the_last_checkpoint(start, at, value):
     t = start(select="kl", eval_every=2)
-    t.validate = lambda known=None: {"validation_nll": 1., "validation_kl": value if t.progress.step == at else 1.}
+    t.setup.validated = lambda model: {"nll": 1., "kl": value if t.progress.step == at else 1.}
     with pytest.raises(TrainingError, match=f"^step {at}: validation_kl not finite.*learning_rate"): t.fit()
-    assert not finished(t.folder) and start(select="kl", eval_every=2).resume() == max(at - 1, 0)
+    assert not finished(t.folder) and start(select="kl", eval_every=2).checkpoints.resume() == max(at - 1, 0)
 
 def test_a_teacher_whose_fine_tuning_diverges_is_refused_with_the_step(config, tmp_path, monkeypatch):
     monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"own"))

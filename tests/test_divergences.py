@@ -403,3 +403,14 @@ def test_the_loss_stays_on_its_device_and_reads_no_value_back(name):
     q, p = torch.zeros(3, 5, device='meta', requires_grad=True), torch.zeros(3, 5, device='meta')
     masked_mean(DIVERGENCES[name](q, p), torch.ones(3, dtype=torch.bool, device='meta')).backward()
     assert q.grad.device.type == 'meta'
+
+
+@pytest.mark.pitfall(8)
+@pytest.mark.parametrize("shift", (-2e4, -1e6, 2e4))
+def test_a_shift_of_all_logits_changes_nothing(shift):
+    "Logits were cut at -1e4 before their maximum was taken away: the KL of the first pair was 0."
+    z, w = torch.tensor([1., 2.], dtype=torch.float64), torch.tensor([2., 1.], dtype=torch.float64)
+    assert forward_kl(z + shift, w + shift).item() == pytest.approx(0.462117, abs=1e-6)
+    masked = torch.tensor([0., 1., -torch.inf], dtype=torch.float64)
+    assert torch.allclose(log_probs(masked + shift).exp(), log_probs(masked).exp(), atol=1e-9)
+    assert log_probs(torch.full((3,), -torch.inf)).exp().tolist() == pytest.approx([1 / 3] * 3)

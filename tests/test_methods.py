@@ -142,6 +142,6 @@ def test_an_interrupted_off_policy_run_ends_with_the_same_weights_and_buffer(met
     started, resumed = trained(tmp_path/"b")
     assert started == 4
     for (name, a), b in zip(whole.distiller.state_dict().items(), resumed.distiller.state_dict().values()): assert torch.equal(a, b), name
-    assert whole.source.state_dict() == resumed.source.state_dict() and len(whole.source.buffer) > 0
+    assert whole.writer.source.state_dict() == resumed.writer.source.state_dict() and len(whole.writer.source.buffer) > 0
     drop = lambda log: [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in log]
     assert drop(whole.progress.log) == drop(resumed.progress.log)

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, get_args, get_origin
 import nbformat, pytest
 from commands import BIN, FIELDS, ROOT, WRONG, command, config_of, errors, flags, text_of
+from mgsr_nb.run import asked
 from mgsr_nb.run.folder import finished, open_run
 
 # --- the parameters cell
@@ -15,14 +16,16 @@ def parameters_cell():
 @pytest.mark.pitfall(41, 42)
 def test_pitfall_41_the_parameters_cell_is_the_configuration():
     "Names, order, types, defaults, and comments: what a reader edits and what is validated cannot drift apart."
-    lines = [line for line in parameters_cell().splitlines() if line and not line.startswith("#")]
-    expected = []
+    source = parameters_cell()
+    assert source == asked.parameters_cell(), "paste what mgsr_nb.run.asked.parameters_cell() returns"
+    found = dict(re.findall(r"^(\w+): (.*?)(?=\n\w|\n# ---|\Z)", source, re.M | re.S))      # with the lines in which a comment goes on
     for name, field in FIELDS.items():
         kinds = get_args(field.annotation)
         literal = get_origin(field.annotation) is Literal
         kind = "str" if literal else "float" if type(None) in kinds else field.annotation.__name__
-        expected.append(f"{name}: {kind} = {field.default!r}  # {field.description}" + (f" [{', '.join(kinds)}]" if literal else ""))
-    assert lines == expected
+        expected = f"{kind} = {field.default!r}  # {field.description}" + (f" [{', '.join(kinds)}]" if literal else "")
+        assert re.sub(r"\n +#", "", found[name]) == expected
+    assert list(found) == list(FIELDS) and max(map(len, source.splitlines())) <= 100
 
 # --- wrong parameters
 
@@ -110,6 +113,22 @@ def test_pitfall_43_the_form_without_an_output_path_writes_the_notebook_to_stdou
     assert any("tiny ROUGE-L" in o.get("data", {}).get("text/html", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
     assert source.read_bytes() == before and (executed[1]/"metrics.json").stat().st_mtime_ns == metrics.st_mtime_ns
 
+def test_an_edited_and_saved_default_is_the_commands_too(project, tmp_path):
+    "With a name made of what differs, and with a name of one's own: it trains in the folder that it announced."
+    source = project.root/"nbs"/"train.ipynb"
+    before = source.read_text(encoding="utf-8")
+    parameters = {k: v for k, v in project.parameters.items() if k not in ("runs_dir", "max_train_examples")} | dict(max_steps=1, eval_prompts=1)
+    try:
+        source.write_text(before.replace("max_train_examples: int = 0", "max_train_examples: int = 7"), encoding="utf-8")
+        for more in (dict(seed=3), dict(seed=3, run_name="of_my_own")):
+            done = command(project, "mgsr-run", *flags(parameters | more))
+            assert done.returncode == 0, done.stderr[-2000:]
+            announced = re.search(r"^mgsr-run: (\S+) \(each step", done.stderr, re.M)[1]
+            assert f"results: {announced}" in done.stdout
+            metrics = json.loads((project.root/announced/"metrics.json").read_text(encoding="utf-8"))
+            assert metrics["config"]["max_train_examples"] == 7 and metrics["config"]["seed"] == 3 and metrics["digest"] == config_of(project, **parameters, **more, max_train_examples=7).digest
+    finally: source.write_text(before, encoding="utf-8")
+
 @pytest.mark.pitfall(32, 46)
 def test_pitfall_46_a_run_that_papermill_cuts_off_is_not_finished_and_goes_on(project, monkeypatch):
     "Papermill's own record may call it completed; metrics.json does not exist. Modules are imported before the clock of the cells runs."
@@ -136,10 +155,12 @@ def test_pitfall_46_a_run_that_papermill_cuts_off_is_not_finished_and_goes_on(pr
 
 @pytest.mark.pitfall(42)
 def test_pitfall_42_help_notebook_lists_every_parameter_with_its_meaning(project):
+    "Its first line, if the meaning is longer: papermill reads no further."
     done = command(project, "papermill", "--help-notebook", "nbs/train.ipynb")
     said = " ".join(done.stdout.split())
-    for name, field in FIELDS.items():
-        assert re.search(rf"\b{name}: ", said) and " ".join(field.description.split()) in said, name
+    for name in FIELDS:
+        line = next(line for line in parameters_cell().splitlines() if line.startswith(f"{name}: "))
+        assert re.search(rf"\b{name}: ", said) and line.split("  # ")[1] in said, name
     assert done.returncode == 0
 
 def test_sample_answers_of_prompts_that_share_an_instruction(project, tmp_path):

@@ -13,8 +13,8 @@ from mgsr_nb.study.records import Results, read_results, write_toy_run
 from mgsr_nb.study.statistics import FAILS, HOLDS, METRICS, NOT_RUN, OPEN, Estimate, Sample, better_by, draws_of, estimate, paired, resampled, sample, verdict
 from mgsr_nb.study.tables import BEFORE, TEACHER, results_csv, results_table, score_table, suite_claims, suite_effects, suite_logs, suite_scores, where_limits_ended, write_results_csv
 from mgsr_nb.study.figures import costs, effect_plot, learning_curves, limits_plot, metrics_plot, small_png, weight_grid
-from mgsr_nb.study.findings import best_cell, claims_sentence, clipping_answer, clipping_pairs, each_run, failures_markdown, metrics_apart, sharpness_answer, rank_correlation, summary_markdown, weights_answer
-from mgsr_nb.study.pages import gaps, setting, suite_figures, suite_markdown
+from mgsr_nb.study.findings import clipping_answer, clipping_pairs, each_run, metrics_apart, sharpness_answer, rank_correlation, weights_answer
+from mgsr_nb.study.pages import best_cell, claims_sentence, failures_markdown, gaps, setting, suite_figures, suite_markdown, summary_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 

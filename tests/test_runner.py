@@ -15,7 +15,7 @@ CELLS = list(SUITES['loss_weights'].cells)
 TRAIN = """
 import os, time, json
 from pathlib import Path
-from mgsr_nb.config import from_notebook
+from mgsr_nb.run.asked import from_notebook
 from mgsr_nb.files import write_json
 from mgsr_nb.run.folder import finished, open_run
 config = from_notebook(In, globals())

@@ -2,7 +2,7 @@
 import math, re
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from tiny_models import EOS, KINDS, PAD, tiny_model
+from tiny_models import arrival_times, EOS, KINDS, PAD, tiny_model
 from mgsr_nb.config import RunConfig
 from mgsr_nb.tokens import collate, supervised
 from mgsr_nb.divergences import forward_kl, reverse_kl
@@ -249,7 +249,7 @@ def naive_scores(student, teacher, pair, key, direction="student_teacher", greed
     for i in range(len(y)):
         with torch.no_grad(): q, p = (m(input_ids=torch.tensor([x + y[:i]])).logits[0, -1, :V].double().softmax(-1) for m in (student, teacher))
         a, b = (q, p) if direction == "student_teacher" else (p, q)
-        token = int(p.argmax()) if greedy else int((-torch.rand(V, generator=generator).log() / p).argmin())
+        token = int(p.argmax()) if greedy else int((arrival_times(V, generator) / p).argmin())
         found.append((float((a * (a / b).log()).sum()), token, float(q[y[i]].log()), float(p[y[i]].log())))
     return list(zip(*found))
 
@@ -346,7 +346,7 @@ def naive_write(model, prompt, key, limit):
     generator, ids = generator_for(*key), []
     while len(ids) < limit and EOS not in ids:
         with torch.no_grad(): p = model(input_ids=torch.tensor([prompt + ids])).logits[0, -1, :V].softmax(-1)
-        ids.append(int((-torch.rand(V, generator=generator).log() / p).argmin()))
+        ids.append(int((arrival_times(V, generator) / p).argmin()))
     return ids
 
 def detector(name, kind):

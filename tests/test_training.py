@@ -270,7 +270,7 @@ def test_what_is_distilled_on_is_the_revision_of_the_students_text(trainer, monk
     written, origin = t.writer.source(0, examples, range(4))
     revision = t.writer.revise(0, written, range(4))
     assert origin == "student" and text.pairs == revision.pairs != written and notes["scrg_corrected"] > 0 and revision.summary().items() <= notes.items()
-    assert trainer(kind, scrg=False, max_new_tokens=8).draw(0)[1].pairs == written
+    assert trainer(kind, scrg=False, max_new_tokens=8).writer.draw(0)[1].pairs == written
     monkeypatch.setattr(R.trainer, "micro_batches", lambda examples, distilled, *a: seen.append(distilled) or micro_batches(examples, distilled, *a))
     t.step()
     assert [found.pairs for found in seen] == [text.pairs] and torch.equal(seen[0].teacher_hidden, text.teacher_hidden)
@@ -304,14 +304,14 @@ def test_pitfall_29_dropout_is_on_in_training(trainer):
 def test_pitfall_30_every_process_and_every_start_draws_the_same_source(trainer):
     mixed = dict(sampling="mixed", max_steps=12, scrg=False, batch_size=4)
     whole = trainer("llama", **mixed)
-    drawn = [whole.draw(step) for step in range(8)]
+    drawn = [whole.writer.draw(step) for step in range(8)]
     by_student = [bool(notes["by_student"]) for _, _, notes in drawn]
-    assert len(set(by_student)) == 2 and by_student != [bool(trainer("llama", seed=1, **mixed).draw(step)[2]["by_student"]) for step in range(8)]
+    assert len(set(by_student)) == 2 and by_student != [bool(trainer("llama", seed=1, **mixed).writer.draw(step)[2]["by_student"]) for step in range(8)]
     for process in (0, 1):
         part = trainer("llama", **mixed)
-        part.accelerator = SimpleNamespace(process_index=process, num_processes=2, autocast=contextlib.nullcontext)
+        part.writer.accelerator = SimpleNamespace(process_index=process, num_processes=2, autocast=contextlib.nullcontext)
         for step in reversed(range(8)):        # in any order: nothing is remembered from step to step
-            examples, text, notes = part.draw(step)
+            examples, text, notes = part.writer.draw(step)
             assert [e.example.id for e in examples] == [e.example.id for e in drawn[step][0][process::2]] and notes["by_student"] == by_student[step]
             if by_student[step]: assert text.pairs == drawn[step][1].pairs[process::2]
             else: assert text == drawn[step][1] == "data"
@@ -334,7 +334,7 @@ def test_pitfall_32_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, k
     with pytest.raises(Interrupted): first.fit(interrupt_at(stop))
     second = start("parts")
     torch.manual_seed(12345)
-    assert second.resume() == {3: 2, 5: 4}[stop]
+    assert second.checkpoints.resume() == {3: 2, 5: 4}[stop]
     second.fit()
     for a, b in ((whole.distiller, second.distiller), (whole.setup.student, second.setup.student)):
         assert state(a).keys() == state(b).keys() and all(torch.equal(v, state(b)[n]) for n, v in state(a).items())
@@ -382,7 +382,7 @@ def test_pitfall_32_a_checkpoint_is_whole_or_not_there(config, monkeypatch):
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(config):
     c = config("llama", run_name="x")
-    assert Trainer(prepare(c, cpu=True), open_run(c)).resume() == 0
+    assert Trainer(prepare(c, cpu=True), open_run(c)).checkpoints.resume() == 0
 
 # --- the schedule
 
@@ -495,7 +495,7 @@ def test_overwrite_does_not_resume_what_it_should_replace(config):
     t = Trainer(prepare(old, cpu=True), open_run(old))
     with pytest.raises(Interrupted): t.fit(interrupt_at(3))
     new = config("llama", run_name="x", overwrite=True, **{**LONG, "dac_weight": 0.5})
-    assert Trainer(prepare(new, cpu=True), open_run(new)).resume() == 0
+    assert Trainer(prepare(new, cpu=True), open_run(new)).checkpoints.resume() == 0
 
 def test_overwrite_takes_the_old_student_away(config, tmp_path):
     run(config("llama", run_name="x"), cpu=True)

@@ -315,7 +315,7 @@ def test_the_teacher_helps_to_write_with_its_share_and_only_in_training(trainer,
     assert shares == [[0.3]]
     R.results.scores(t.setup, t.setup.student)
     assert shares[1:] and all(s == [0.0] for s in shares[1:])
-    assert trainer(method="minillm", teacher_mix=0.9, max_new_tokens=16).draw(0)[1].pairs != trainer(method="minillm", teacher_mix=0.0, max_new_tokens=16).draw(0)[1].pairs
+    assert trainer(method="minillm", teacher_mix=0.9, max_new_tokens=16).writer.draw(0)[1].pairs != trainer(method="minillm", teacher_mix=0.0, max_new_tokens=16).writer.draw(0)[1].pairs
 
 # --- which weights are the result
 
@@ -359,7 +359,7 @@ def test_the_last_weights_are_the_result_unless_others_are_asked_for(config):
 @pytest.mark.parametrize("metric", METRICS)
 def test_what_is_reported_is_measured_on_the_kept_weights(config, metric, tmp_path, monkeypatch):
     "A whole run, with real validations of which the last one is not the best."
-    if metric == "rouge_l": monkeypatch.setattr(R.trainer, "score_answers", lambda texts, examples: {"rouge_l": float(sum(map(ord, "".join(texts))) % 97)})      # random models score 0
+    if metric == "rouge_l": monkeypatch.setattr(R.setup, "score_answers", lambda texts, examples: {"rouge_l": float(sum(map(ord, "".join(texts))) % 97)})      # random models score 0
     c = config(select=metric, run_name="x", **{**KEEP, **(dict(method="kd", sft_weight=0.0, learning_rate=0.03) if metric == "nll" else dict(learning_rate=0.1))})
     kept, keep_best = {}, Trainer.keep_best
     def copied(self, row):
@@ -386,7 +386,7 @@ def test_pitfall_32_the_best_weights_survive_an_interruption(config, metric, sto
     with pytest.raises(Interrupted): first.fit(interrupt_at(stop))
     if metric == "rouge_l": (first.folder/"best"/"step-000005.safetensors").write_bytes(b"half")       # it dies while writing, and what it left is not believed
     second = start("parts")
-    assert second.resume() == 3 and second.progress.best[0] == (3 if metric == "kl" else 2)
+    assert second.checkpoints.resume() == 3 and second.progress.best[0] == (3 if metric == "kl" else 2)
     second.fit()
     assert second.progress.best == whole.progress.best and second.progress.best[0] == BEST[metric]
     assert same(trained(second.setup.student), trained(whole.setup.student)) and plain(second.progress.log) == plain(whole.progress.log)

@@ -29,3 +29,10 @@ def tiny_pair(kind, dtype=torch.float32):
     "(student, teacher, tokenizer): two layers and three, the vocabulary of the tokenizer."
     tokenizer = byte_level(pad_is_eos=False)
     return tiny_model(kind, 2, len(tokenizer), dtype=dtype, seed=1), tiny_model(kind, 3, len(tokenizer), dtype=dtype, seed=2), tokenizer
+
+
+def arrival_times(vocab, generator):
+    "When each class would arrive if its rate were 1: the race that a text is drawn by, written from its definition."
+    *r, last = torch.rand(vocab + 1, generator=generator).double().tolist()
+    u = torch.tensor([x + last * 2 ** -24 for x in r]).clamp(torch.finfo(torch.float32).tiny, 1)
+    return -torch.log1p(-u)

@@ -137,7 +137,7 @@ def title_of(notebook):
 def part(name):
     "The part of the book that a numbered notebook belongs to."
     number = int(name[:2])
-    return 'The method' if number < 20 else 'A run' if number < 40 else 'A study'
+    return 'The method' if number < 19 else 'A run' if number < 40 else 'A study'
 
 def sidebar(nbs):
     "The notebooks in reading order, as `website.sidebar.contents`."

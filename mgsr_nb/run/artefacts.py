@@ -128,7 +128,8 @@ def influences(teacher: nn.Module, teacher_key: dict, examples: Sequence[Encoded
                 collate([(e.prompt_ids, e.response_ids) for e in examples],
                     pad_id).to(device)).tolist())
     key = {"teacher": teacher_key, "texts": text_digest(examples), "device": device.type}
-    return json.loads((made_once("influence", key, make)/"influence.json").read_text())
+    place = made_once("influence", key, make)
+    return json.loads((place/"influence.json").read_text(encoding="utf-8"))
 
 def make_student(config: RunConfig, teacher: nn.Module, teacher_key: dict, train: Sequence[Encoded],
         tokenizer, accelerator: Accelerator) -> tuple[nn.Module, dict]:

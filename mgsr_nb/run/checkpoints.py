@@ -42,7 +42,7 @@ def cut_off(folder: Path) -> str:
 def damage(folder: Path) -> str:
     """What is wrong with the checkpoint in `folder`, as words; empty if its files are those that
     were written."""
-    try: written = dict(json.loads((folder/"digests.json").read_text()))
+    try: written = dict(json.loads((folder/"digests.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError): return "no digests.json that can be read"
     found = file_digests(folder)
     lost = [f"{name} {'is not what was written' if name in found else 'is missing'}"

@@ -40,7 +40,8 @@ def check_launcher(config: RunConfig) -> None:
             "evaluation read whole; allowed: tools/launch/ddp.yaml")
     if not on("ACCELERATE_USE_DEEPSPEED"): return
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    stage = (json.loads(Path(file).read_text())["zero_optimization"]["stage"] if file
+    read = lambda: json.loads(Path(file).read_text(encoding="utf-8"))
+    stage = (read()["zero_optimization"]["stage"] if file
         else int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)))
     if stage > 2:
         raise ConfigError("accelerate: ZeRO 3 splits the student's weights, which sampling, SCRG "
