@@ -182,8 +182,10 @@ def test_flags_are_read_once_from_a_pipe_and_the_folder_is_where_the_kernel_work
 @pytest.fixture
 def fails(monkeypatch):
     "`fails(error, begun)`: papermill raises it, in a run that has `begun` its log; no kernel."
+    prepare = papermill.execute_notebook
     def with_error(error, begun=False):
-        def execute(output_path, **kw):
+        def execute(output_path, prepare_only, **kw):
+            if prepare_only: return prepare(output_path=output_path, prepare_only=True, **kw)
             if begun: (mgsr_run.Path(output_path).parent/"log.csv").touch()
             mgsr_run.Path(output_path).touch()
             raise error
