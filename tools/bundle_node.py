@@ -118,7 +118,7 @@ def check_node(bundle):
             if version(found) < version(least): wrong.append(f"{name} {found} (needed: {least})")
     if wrong:
         raise Refused(f"this Python lacks {', '.join(wrong)}; set PYTHON to the one that has "
-                      "torch, or make the bundle with a shorter --have")
+                      "torch, or make the bundle with a shorter --have, or with --carry NAME")
 
 def script(target):
     module, function = target.split(":")
