@@ -5,6 +5,7 @@
 # make test-oldest  a part of the tests with the oldest versions that settings.ini allows, in an environment of its own
 # make sizes        lines, functions, classes and modules over the bounds that the documentation page sets
 # make audit        known vulnerabilities of what is installed; fails, and says so, where no advisory service can be reached
+# make bundle       what a compute node without a network lacks, in build/bundle/ (BUNDLE_ARGS="--data FOLDER")
 # A second call skips the installation: the stamp file depends on the files that decide what is installed.
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -20,6 +21,8 @@ XDIST = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 PYTEST_ARGS ?=
 # passed on to mgsr-run, for example: make quickstart RUN_ARGS="-p dac_weight 0.5"
 RUN_ARGS ?=
+# passed on to tools/bundle.py
+BUNDLE_ARGS ?=
 
 # whose growth with tokens and vocabulary `make performance` measures
 GROWTH := mgsr,dense_forward_kl,liger_jsd_same_chunk
@@ -39,9 +42,9 @@ test test-slow coverage test-oldest: export HF_HUB_OFFLINE := 1
 test test-slow coverage test-oldest: export TOKENIZERS_PARALLELISM := false
 test test-slow coverage test-oldest: export MPLBACKEND := agg
 
-.PHONY: help install quickstart test test-slow coverage test-oldest audit sizes export readme docs nbdev2-check performance report gpu-check clean
+.PHONY: help install quickstart test test-slow coverage test-oldest audit sizes export readme docs nbdev2-check performance report gpu-check bundle clean
 help:
-	@echo "make quickstart | test | test-slow | coverage | test-oldest | audit | sizes | install | export | readme | docs | nbdev2-check | performance | report | gpu-check | clean"
+	@echo "make quickstart | test | test-slow | coverage | test-oldest | audit | sizes | install | export | readme | docs | nbdev2-check | performance | report | gpu-check | bundle | clean"
 
 install: $(STAMP)
 $(STAMP): $(INSTALL_FILES)
@@ -127,6 +130,10 @@ report: $(STAMP)
 # compares the first losses with the CPU's, runs the quickstart, measures; without CUDA it says so
 gpu-check: $(STAMP)
 	$(BIN)/python tools/gpu_check.py --quickstart --performance
+
+# wheels, the teacher's weights and, if asked for, data; on the node: bash build/bundle/run.sh COMMAND
+bundle: $(STAMP)
+	$(BIN)/python tools/bundle.py $(BUNDLE_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV2) $(VENV_OLDEST) build dist *.egg-info _docs _proc .pytest_cache .hypothesis

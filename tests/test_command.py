@@ -1,25 +1,28 @@
 """mgsr-run: what it makes of its flags, what it refuses in a sentence, what it leaves behind. Tiny
 models; a kernel for each run."""
-import re, shutil, sys, tempfile
+import os, pwd, re, shutil, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-import click, nbformat, pytest
-from papermill.cli import papermill
+import nbformat, papermill, pytest
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from commands import FIELDS, ROOT, WRONG, code_cells, command, config_of, errors, flags, text_of
+from commands import (
+    BIN, FIELDS, ROOT, WRONG, code_cells, command, config_of, errors, flags, text_of)
 from mgsr_nb.config import resolve
 from mgsr_nb.run import command as mgsr_run
 from mgsr_nb.run.folder import open_run
 
 @pytest.fixture
 def ends(monkeypatch, capsys):
-    "`ends(*words)`: status, output and error output of the command that does not end well."
+    "`ends(*words)`: status, output and error output of the command, in this process."
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["mgsr-run", *words])
-        with pytest.raises(SystemExit) as end: mgsr_run.main()
+        status = 0
+        try: mgsr_run.main()
+        except SystemExit as end: status = end.code or 0
         said = capsys.readouterr()
         assert "Traceback" not in said.err
-        return end.value.code, said.out, said.err
+        return status, said.out, said.err
     return run
 
 # --- wrong parameters
@@ -41,21 +44,13 @@ def test_pitfall_42_the_console_script_says_it_in_a_terminal(project):
     words = "mgsr-run: dac_wieght: there is no such parameter (did you mean 'dac_weight'?)"
     assert done.returncode == 2 and done.stderr.startswith(words)
 
-@pytest.mark.parametrize("words", [["-p", "dac_weight"], ["--nonsense"], ["stray"]])
-def test_a_command_line_that_papermill_refuses_ends_in_words(project, monkeypatch, ends, words):
-    monkeypatch.chdir(project.root)
-    status, _, error = ends(*words)
-    assert status == 2 and error.startswith("mgsr-run: ") and "mgsr-run --help" in error
-
 def test_mgsr_run_outside_of_a_project_says_so(tmp_path, monkeypatch, ends):
     monkeypatch.chdir(tmp_path)
     status, _, error = ends()
     assert status == 2 and "inside a clone of the project" in error
 
-def test_mgsr_run_help_lists_the_parameters(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mgsr-run", "--help"])
-    mgsr_run.main()
-    said = capsys.readouterr().out
+def test_mgsr_run_help_lists_the_parameters(ends):
+    _, said, _ = ends("--help")
     for name, field in FIELDS.items():
         words, default = re.escape(field.description), re.escape(repr(field.default))
         assert re.search(rf"^  {name} +{words} \[.*; default {default}\]$", said, re.M), name
@@ -71,34 +66,191 @@ def test_pitfall_42_flags_become_what_papermill_makes_of_them(project, monkeypat
 
 def test_numbers_of_a_yaml_text_are_what_was_meant(project, monkeypatch):
     monkeypatch.chdir(project.root)
-    c = mgsr_run.asked_for(["-y", "{learning_rate: 1e-3, dac_weight: 2.5e1}"])
+    call = mgsr_run.papermill_call(["-y", "{learning_rate: 1e-3, dac_weight: 2.5e1}"])
+    c = mgsr_run.asked_for(call)
     assert (c.learning_rate, c.dac_weight) == (1e-3, 25.)
+
+# --- flags and places that cannot work: one sentence, status 2, no kernel, nothing left
+
+REFUSED = {  # what is typed, in a folder with the files below -> words of the sentence
+    "a folder to work in that is not there": ("--cwd nowhere", "--cwd: there is no folder 'now"),
+    "a file to work in": ("--cwd file", "--cwd: there is no folder 'file'"),
+    "an unknown kernel": ("-k nokernel", "--kernel: there is no kernel 'nokernel'; allowed: "),
+    "an unknown engine": ("--engine nope", "No engine named 'nope' found"),
+    "an unknown language": ("-l nolang", "for kernel 'python3' or language 'nolang'"),
+    "a missing file": ("-f missing.yaml", "No such file or directory: 'missing.yaml'"),
+    "a folder for a file": ("-f nbs", "Is a directory"),
+    "a broken file": ("-f broken.yaml", "that cannot be read (while parsing"),
+    "a file that is a list": ("-f list.yaml", "that cannot be read (cannot convert"),
+    "a file that is no UTF-8": ("-f latin.yaml", "can't decode byte 0xfc"),
+    "broken text": ("-y {a", "that cannot be read (while parsing"),
+    "text that is a number": ("-y 3", "that cannot be read ('int'"),
+    "broken base64": ("-b YQ", "that cannot be read (Incorrect padding)"),
+    "half a pair": ("-p seed", "requires 2 arguments"),
+    "an unknown flag": ("--nonsense", "No such option"),
+    "a stray word": ("stray", "unexpected extra argument"),
+    "a word for a number": ("--execution-timeout soon", "'soon' is not a valid integer"),
+    "an output that cannot be": ("-p runs_dir file/runs", "runs_dir: the run's folder /"),
+    "a file for a run's folder": ("-p run_name taken -p runs_dir .", "runs_dir: the run's folder"),
+    "a damaged record": ("-p run_name old -p runs_dir .", "run_name: the config.json of "),
+    "an unknown parameter with paths": ("--inject-paths -p sede 1", "did you mean 'seed'?"),
+    "a dry run that keeps something": ("--prepare-only -p dry_run True", "a dry run keeps nothing")}
+
+@pytest.fixture
+def place(project, tmp_path, monkeypatch):
+    "A project with some files that are not what they should be; no kernel can be started in it."
+    (tmp_path/"nbs").mkdir()
+    shutil.copy(project.root/"nbs"/"train.ipynb", tmp_path/"nbs")
+    for name in ("file", "taken"): (tmp_path/name).touch()
+    (tmp_path/"broken.yaml").write_text("a: [", encoding="utf-8")
+    (tmp_path/"list.yaml").write_text("[1, 2]", encoding="utf-8")
+    (tmp_path/"latin.yaml").write_bytes("run_name: fünf".encode("latin-1"))
+    (tmp_path/"old").mkdir()
+    (tmp_path/"old"/"config.json").write_text("{", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"cache"))
+    (tmp_path/"cache").mkdir()
+    def start(*args, **kw): raise AssertionError("a kernel was started")
+    monkeypatch.setattr(papermill.clientwrap.PapermillNotebookClient, "execute", start)
+    return tmp_path
+
+def content(folder): return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_is_one_sentence_with_status_2_and_leaves_nothing(place, ends, case):
+    typed, words = REFUSED[case]
+    before = content(place)
+    status, out, error = ends(*typed.split())
+    assert status == 2 and not out and words in error, error
+    said = error[error.index("mgsr-run: "):]
+    assert len(said.splitlines()) == 1 and "Traceback" not in said
+    assert content(place) == before
+
+def unset_home(monkeypatch):
+    "As a user in a container whose number no list of users knows."
+    def nobody(uid): raise KeyError(uid)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+
+def test_a_user_without_a_home_is_refused_by_the_variable(place, ends, monkeypatch):
+    unset_home(monkeypatch)
+    before = content(place)
+    status, _, error = ends()
+    assert status == 2 and error.startswith("mgsr-run: HOME: "), error
+    assert content(place) == before
+
+def test_a_notebook_that_is_none_is_named(place, ends):
+    (place/"nbs"/"train.ipynb").write_text("{", encoding="utf-8")
+    status, _, error = ends()
+    assert status == 2 and "the training notebook: " in error and not (place/"runs").exists()
+
+@pytest.mark.parametrize("typed,words", [
+    ("--version", "mgsr_nb "), ("--help-notebook", "Parameters inferred for notebook"),
+    ("--prepare-only -p run_name ready", "prepared, and not executed: runs/ready/train.prepared"),
+    ("--prepare-only --inject-paths -p run_name ready", "train.prepared.ipynb"),
+    ("--prepare-only --cwd old -p run_name ready", "runs/ready/train.prepared.ipynb")])
+def test_papermills_other_flags_work(place, ends, typed, words):
+    status, out, error = ends(*typed.split())
+    assert status == 0 and words in out and "mgsr-run: " not in error
+    made = [p for p in place.rglob("*.ipynb") if p.parent.name == "ready"]
+    assert [p.name for p in made] == ["train.prepared.ipynb"] * ("ready" in typed)
+    for path in made:
+        notebook = nbformat.read(path, 4)
+        assert not any(c.outputs or c.execution_count for c in code_cells(notebook))
+        [given] = [c.source for c in code_cells(notebook) if "injected" in str(c.metadata.tags)]
+        assert 'run_name = "ready"' in given and (path.parent/"config.json").is_file()
+        if "inject" in typed: assert f'"{os.path.relpath(path)}"' in given
+
+def test_flags_are_read_once_from_a_pipe_and_the_folder_is_where_the_kernel_works(
+        project, place, tmp_path_factory):
+    "In the C locale, from an old-fashioned shell: everything at once, and a kernel."
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    words = " ".join(flags({k: v for k, v in project.parameters.items() if k != "runs_dir"}))
+    line = (f"{BIN}/mgsr-run {words} --cwd {elsewhere} --inject-paths --no-progress-bar "
+            "-f <(echo run_name: piped)")
+    env = {**project.env, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run(["bash", "-c", line], cwd=place, env=env, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=170)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = elsewhere/"runs"/"piped"
+    assert done.stdout.endswith(f"results: {os.path.relpath(folder, place)}\n")
+    names = {p.name for p in folder.iterdir()}
+    assert {"train.ipynb", "metrics.json"} <= names and not (place/"runs").exists()
 
 # --- runs
 
+@pytest.fixture
+def fails(monkeypatch):
+    "`fails(error, begun)`: papermill raises it, in a run that has `begun` its log; no kernel."
+    prepare = papermill.execute_notebook
+    def with_error(error, begun=False):
+        def execute(output_path, prepare_only, **kw):
+            if prepare_only: return prepare(output_path=output_path, prepare_only=True, **kw)
+            if begun: (mgsr_run.Path(output_path).parent/"log.csv").touch()
+            mgsr_run.Path(output_path).touch()
+            raise error
+        monkeypatch.setattr(papermill, "execute_notebook", execute)
+    return with_error
+
+def cell_error(name): return PapermillExecutionError(1, 1, "", name, "seed: too many", [])
+
 @pytest.mark.parametrize("steps,words", [
     ([], "begins again, since there is no checkpoint"), ([2, 10], "goes on behind step 10")])
-def test_an_interrupted_run_says_what_the_same_command_will_do(tmp_path, monkeypatch, ends, steps,
-                                                               words):
-    "Ctrl-C reaches papermill, which click turns into its own exception."
-    def interrupted(folder, execute): raise click.exceptions.Abort
-    monkeypatch.setattr(mgsr_run, "execute_whole", interrupted)
-    monkeypatch.chdir(ROOT)
-    for n in steps: (tmp_path/"x"/"checkpoints"/f"step-{n:06d}").mkdir(parents=True)
-    status, _, error = ends(*flags(dict(runs_dir=tmp_path, run_name="x")))
+def test_an_interrupted_run_says_what_the_same_command_will_do(place, fails, ends, steps, words):
+    fails(KeyboardInterrupt())
+    for n in steps: (place/"runs"/"x"/"checkpoints"/f"step-{n:06d}").mkdir(parents=True)
+    status, _, error = ends("-p", "run_name", "x")
     assert status == 130 and f"mgsr-run: interrupted; the same command {words}" in error
+    assert error.endswith(": mgsr-run -p run_name x\n")
 
-def test_what_the_notebook_refuses_is_one_sentence_and_the_place_of_the_rest(project, tmp_path):
+NO_REFUSALS = {"RuntimeError: seed: too many": cell_error("RuntimeError"),
+               "the kernel died": DeadKernelError("Kernel died"),
+               "A cell timed out": CellTimeoutError("A cell timed out"),
+               "No space left on device": OSError(28, "No space left on device", "runs/x")}
+
+@pytest.mark.parametrize("words", NO_REFUSALS)
+def test_a_run_that_fails_names_the_place_and_the_command_that_goes_on(place, fails, ends, words):
+    fails(NO_REFUSALS[words], begun=True)
+    status, _, error = ends("-p", "run_name", "x")
+    assert status == 1 and words in error
+    assert "\n(where it came from: runs/x/train.partial.ipynb)\nthe same command begins" in error
+    assert error.endswith(": mgsr-run -p run_name x\n")
+
+@pytest.mark.parametrize("error", [*NO_REFUSALS.values(), cell_error("ConfigError"),
+                                   KeyboardInterrupt()], ids=repr)
+def test_a_failed_start_leaves_no_folder(place, fails, ends, error):
+    fails(error)
+    before = content(place)
+    assert ends("-p", "run_name", "a/b")[0] != 0
+    assert content(place) == before
+
+def test_what_is_begun_or_was_there_before_stays(place, fails, ends):
+    fails(cell_error("ConfigError"), begun=True)
+    status, _, error = ends("-p", "run_name", "a")
+    assert status == 2 and "mgsr-run: seed: too many\n" in error
+    assert {p.name for p in (place/"runs"/"a").iterdir()} == {"config.json", "log.csv",
+                                                             "train.partial.ipynb"}
+    fails(cell_error("ConfigError"))
+    (place/"runs"/"b").mkdir()
+    ends("-p", "run_name", "b")
+    assert (place/"runs"/"b"/"config.json").is_file()
+
+def test_an_error_that_is_no_refusal_is_shown_whole_if_its_notebook_goes(place, fails, ends):
+    fails(cell_error("RuntimeError"))
+    status, _, error = ends()
+    assert status == 1 and 'Exception encountered at "In [1]"' in error
+
+def test_what_the_notebook_refuses_is_one_sentence_and_leaves_no_folder(project, tmp_path):
     "Data that are not as they should be are noticed in the kernel."
     (tmp_path/"dolly").mkdir()
     for name in ("databricks-dolly-15k", "dev", "valid"):
         (tmp_path/"dolly"/f"{name}.jsonl").write_text('{"instruction": 3}\n')
     more = dict(run_name="own", data="dolly", eval_sets="dolly", data_dir=str(tmp_path))
     done = command(project, "mgsr-run", *flags(project.parameters | more))
-    assert done.returncode == 2 and "Traceback" not in done.stderr.split("mgsr-run: ")[-1]
-    sentence, place = done.stderr.strip().splitlines()[-2:]
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert sentence.startswith("mgsr-run: ") and "line 1, field 'response': missing" in sentence
-    assert place.endswith("own/train.partial.ipynb)")
+    assert not (project.root/"runs"/"own").exists()
 
 @pytest.mark.pitfall(32, 44)
 def test_pitfall_44_mgsr_run_makes_the_folder_and_goes_on_with_an_interrupted_run(project,
@@ -169,30 +321,17 @@ def test_the_commands_leave_nothing_but_the_notebook_that_was_asked_for(dry):
     left = [p.suffix for p in (dry.root/"temporary").rglob("*")]
     assert not set(left) & {".ipynb", ".safetensors", ".json"}
 
-@pytest.fixture
-def fails(monkeypatch):
-    "`fails(name)`: papermill reports the error `name` of a cell; the kernel is left out."
-    prepare = papermill.main
-    def with_error(name):
-        def main(words, **kw):
-            if "--prepare-only" in words: return prepare(words, **kw)
-            raise PapermillExecutionError(1, 1, "", name, "max_tokens: too many", [])
-        monkeypatch.setattr(papermill, "main", main)
-    return with_error
-
-@pytest.mark.parametrize("name", ["ConfigError", "FileNotFoundError"])
-def test_what_the_notebook_refuses_mgsr_run_says_in_a_line(monkeypatch, tmp_path, fails, ends,
-                                                           name):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    fails(name)
-    before = sorted(ROOT.glob("runs/*"))
+@pytest.mark.parametrize("name", ["ConfigError", "FileNotFoundError", "ValueError"])
+def test_what_a_dry_run_refuses_is_said_in_a_line(place, monkeypatch, fails, ends, name):
+    monkeypatch.setattr(tempfile, "tempdir", str(place/"cache"))
+    fails(cell_error(name))
+    before = content(place)
     status, out, error = ends(*LLAMA2, "-p", "max_tokens", "2000")
-    assert status == 2 and error.endswith("mgsr-run: max_tokens: too many\n")
-    assert not out and not list(tmp_path.iterdir()) and sorted(ROOT.glob("runs/*")) == before
+    assert status == 2 and error.endswith("mgsr-run: seed: too many\n")
+    assert not out and content(place) == before
 
-def test_an_error_that_is_no_refusal_is_shown_as_it_is(monkeypatch, fails):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["mgsr-run", *LLAMA2])
-    fails("RuntimeError")
-    with pytest.raises(PapermillExecutionError): mgsr_run.main()
+def test_a_dry_run_that_fails_is_shown_whole(place, fails, ends):
+    fails(cell_error("RuntimeError"))
+    status, _, error = ends(*LLAMA2)
+    assert status == 1 and 'Exception encountered at "In [1]"' in error
+    assert error.endswith("mgsr-run: RuntimeError: seed: too many\n")
