@@ -13,7 +13,7 @@ from tiny_runs import numbers, plain, tiny_parameters, tokenizer_of
 
 PINNED = Path(__file__).with_suffix(".json")
 METHODS = {"sft": dict(method="sft"), "on_policy": dict(method="mgsr", scrg_corrections=2, save_samples=0), "off_policy": dict(method="mgsr_off_policy", threshold_start=0.8, buffer_size=5)}
-SHAPE = dict(learning_rate=3e-3, max_steps=6, batch_size=3, max_new_tokens=8, eval_every=3, warmup_steps=1, spans="fixed", span_length=2, mask_temperature=0.1)
+SHAPE = dict(seed=5, learning_rate=3e-3, max_steps=6, batch_size=5, max_new_tokens=8, eval_every=3, warmup_steps=1, spans="fixed", span_length=2, mask_temperature=0.1)
 COLUMNS = ("step", "loss", "sft", "dac", "span", "clip_upper", "clip_lower", "kept_mass", "grad_norm", "data_tokens", "distilled_tokens", "distilled_spans", "scrg_corrected", "scrg_position",
            "by_student", "new_text", "learning_rate", "validation_nll", "validation_kl")
 
@@ -32,7 +32,8 @@ def one(folder: Path, method: str, **more) -> dict:
     "A run in `folder`, artefacts of its own included: its log, and its metrics as {name: number}."
     os.environ["MGSR_CACHE"] = str(folder/"cache")
     teacher = save_teacher(folder/"teacher")
-    metrics = R.results.run(resolve(tiny_parameters(folder/"runs", teacher, **{**SHAPE, **METHODS[method], **more}, run_name="x")), cpu=True)
+    parameters = {**SHAPE, **METHODS[method], **more}
+    metrics = R.results.run(resolve(tiny_parameters(folder/"runs", teacher, **parameters, run_name="x")), cpu=True)
     with open(folder/"runs/x/log.csv") as f: log = [{k: float(v) for k, v in row.items() if v and k in COLUMNS} for row in plain(csv.DictReader(f))]
     return {"log": log, "metrics": {f"{who}/{where}": numbers(found) for who in ("student_start", "student", "teacher") for where, found in metrics[who].items()}}
 

@@ -146,7 +146,9 @@ def naive_answers(model, seed, new=NEW):
         generator, ids = generator_for(seed, "answer", i), []
         while len(ids) < new and EOS not in ids:
             with torch.no_grad(): p = model(input_ids=torch.tensor([prompt + ids])).logits[0, -1].softmax(-1)
-            ids.append(int((-torch.rand(V, generator=generator).log() / p).argmin()))
+            # one number a class, and one more that fills the gaps of 2^-24 between them
+            *u, fine = torch.rand(V + 1, generator=generator).double()
+            ids.append(int((-(1 - torch.stack(u) - fine * 2 ** -24).log() / p).argmin()))
         texts.append(Words().decode(ids, skip_special_tokens=True).strip())
     return texts
 

@@ -7,8 +7,7 @@ Of a phrase, only the classes are kept that two neighbouring predictions share m
 import json
 from pathlib import Path
 import torch
-from mgsr_nb.data import alpaca_prompt
-from mgsr_nb.tokens import collate
+from mgsr_nb.tokens import alpaca_prompt, collate
 from mgsr_nb.divergences import forward_kl, log_probs
 from mgsr_nb.models import BUILTIN, block_influence, choose_layers, head_logits, hidden_states, load_model, load_tokenizer, truncate
 from mgsr_nb.span import SpanFinder, span_distance
