@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Iterable, Literal
 from pydantic import ValidationError, field_validator, model_validator
-from .presets import METHODS, PRESETS
+from .presets import METHODS, PRESETS, named_parameters
 from .parameters import EVAL_SET_NAMES, EvaluationParameters
 
 # %% ../nbs/02_config.ipynb #ce1866c4
@@ -246,12 +246,12 @@ def _in_words(error: dict) -> str:
     return f"{name}: got {got}; allowed: {allowed_values(name)}"
 
 # %% ../nbs/02_config.ipynb #664e889f
-def _named(given: dict, parameter: str, default: str, known: dict) -> dict:
-    "The set of parameters that `preset` or `method` names."
+def _named(given: dict, parameter: str, default: str, known: dict) -> str:
+    "The name of a set of parameters that `preset` or `method` gives, of those that are known."
     name = given.get(parameter, default)
     if not isinstance(name, str) or name not in known:
         refuse(parameter, f"got {shown(name)}{nearest(name, known)}", f"one of {', '.join(known)}")
-    return known[name]
+    return name
 
 def _refuse_unknown(given: dict) -> None:
     "Raise `ConfigError` with a line for every name that is no parameter."
@@ -275,11 +275,11 @@ def resolve(params: dict[str, Any] = {}, **more) -> RunConfig:
     Raises `ConfigError`, with a line for every problem, if a name is unknown or a value not
     allowed."""
     given = {**params, **more}
-    preset = _named(given, "preset", "quickstart", PRESETS)
-    method = _named(given, "method", "mgsr", METHODS)
+    base = named_parameters(_named(given, "preset", "quickstart", PRESETS),
+        _named(given, "method", "mgsr", METHODS))
     _refuse_unknown(given)
     _refuse_huge(given)
-    try: return RunConfig(**{**preset, **method, **given})
+    try: return RunConfig(**{**base, **given})
     except ValidationError as e:
         raise ConfigError("\n".join(map(_in_words, e.errors()))) from None
 

@@ -10,6 +10,7 @@ import contextlib, functools, hashlib
 from typing import Optional, Sequence
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 from .tokens import collate, cut_at_stop
 from .models import CACHE, decoder
 from .divergences import log_mixture, log_probs
@@ -128,14 +129,10 @@ def _begin(next_token: _NextToken, prompts, pad_id, past, rows) -> tuple[Tensor,
     if past is None:
         batch = collate([(p, []) for p in prompts], pad_id, side="left").to(device)
         return batch.input_ids, batch.attention_mask, batch.position_ids
-    chosen = torch.tensor(rows, device=device)
-    # something has to be read, for the first token to be predicted
-    past.cut([len(p) - 1 for p in prompts], chosen)
-    past.cache.batch_select_indices(chosen)
-    next_token.caches, columns = [past.cache], past.columns[chosen]
-    known = (columns.amax(1) + 1).tolist()
+    known = past.keep(torch.tensor(rows, device=device), prompts)
+    next_token.caches = [past.cache]
     batch = collate([(p[k:], []) for p, k in zip(prompts, known)], pad_id, side="left").to(device)
-    return (batch.input_ids, torch.cat([(columns >= 0).long(), batch.attention_mask], 1),
+    return (batch.input_ids, torch.cat([(past.columns >= 0).long(), batch.attention_mask], 1),
         batch.position_ids + torch.tensor(known, device=device)[:, None])
 
 def _decode(next_token: _NextToken, start, keys, limits, stops, temperature) -> Tensor:
@@ -174,7 +171,8 @@ class Reading:
     `columns` (B, C): the place in the text of each column of the cache, -1 where it holds nothing,
     or nothing that still counts."""
     def __init__(self, model: nn.Module, texts: Sequence[list[int]], pad_id: int):
-        self.model, self.pad_id, self.cache = model, pad_id, None
+        # of layers that keep all, those with a window too: what is crossed out makes room in it
+        self.model, self.pad_id, self.cache = model, pad_id, DynamicCache()
         self.device = next(model.parameters()).device
         self.columns = torch.zeros(len(texts), 0, dtype=torch.long, device=self.device)
         self.hidden = None
@@ -186,12 +184,47 @@ class Reading:
         self.columns[rows] = torch.where(columns < torch.tensor(starts, device=self.device)[:,
                 None], columns, -1)
 
+    def keep(self, rows: Tensor, prompts: Sequence[list[int]]) -> list[int]:
+        """Keep only `rows`, which begin like `prompts`, and of each the tokens before its last n, n
+        the same for all: behind them goes what is read next. -> how many tokens each keeps."""
+        self.columns = self.columns[rows]
+        self.cache.batch_select_indices(rows)
+        # something has to be read, for the first token to be predicted
+        self.cut([len(p) - 1 for p in prompts])
+        known = (self.columns.amax(1) + 1).tolist()
+        new = max(len(p) - k for p, k in zip(prompts, known))
+        known = [max(len(p) - new, 0) for p in prompts]
+        self.cut(known)
+        self.close_up()
+        return known
+
+    def close_up(self) -> None:
+        """Let what counts fill the last columns of the cache, in order, as if padded on the left.
+
+        Attention with a window, or with a bias by distance (ALiBi), counts columns, whatever the
+        mask says of them: the columns between two tokens have to be the places between them."""
+        counts = self.columns >= 0
+        width, held = int(counts.sum(1).max()), counts.shape[1]
+        if width == 0:
+            self.cache, self.columns = DynamicCache(), self.columns[:, :0]
+            return
+        order = counts.long().argsort(dim=1, stable=True)[:, held - width:]
+        if torch.equal(order, torch.arange(held, device=self.device).expand(len(order), -1)): return
+        self.columns = self.columns.gather(1, order)
+        for layer in self.cache.layers:
+            index = order[:, None, :, None]
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                setattr(layer, name, old.gather(2, index.expand(-1, old.shape[1], -1,
+                            old.shape[3])))
+
     def replace(self, starts: Sequence[int], endings: Sequence[list[int]]) -> None:
         """Text b goes on with `endings[b]` at place `starts[b]`; the columns of padding are masked
         like those crossed out."""
         self.cut(starts)
         width = max(map(len, endings))
         if width == 0: return
+        self.close_up()
         ids = torch.tensor([e + [self.pad_id] * (width - len(e)) for e in endings],
             device=self.device)
         places = torch.tensor([[s + i if i < len(e) else -1 for i in range(width)]

@@ -10,7 +10,7 @@ __all__ = ['LEFT_FILES', 'LEFT_FOLDERS', 'run_name', 'runs_root', 'run_folder', 
 import os, re, shutil
 from pathlib import Path
 from typing import Optional
-from ..presets import METHODS, PRESETS
+from ..presets import named_parameters
 from ..config import BEFORE, ConfigError, ELSEWHERE, RunConfig
 from ..files import project_root, read_json, write_json
 
@@ -19,7 +19,7 @@ def run_name(config: RunConfig) -> str:
     """`run_name` if it was given, else preset and method (unless they are quickstart and mgsr) and
     `name=value` of all that differs from them."""
     if config.run_name: return config.run_name
-    base = RunConfig(**{**PRESETS[config.preset], **METHODS[config.method]})
+    base = RunConfig(**named_parameters(config.preset, config.method))
     differs = {k: str(v) for k, v in config.counted.items() if v != getattr(base, k)}
     parts = [config.preset] if config.preset != "quickstart" else []
     parts += [config.method] if config.method != "mgsr" else []
