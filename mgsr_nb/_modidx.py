@@ -107,6 +107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mgsr_nb.decoding._decode': ('decoding.html#_decode', 'mgsr_nb/decoding.py'),
                                   'mgsr_nb.decoding._keep': ('decoding.html#_keep', 'mgsr_nb/decoding.py'),
                                   'mgsr_nb.decoding._transposed': ('decoding.html#_transposed', 'mgsr_nb/decoding.py'),
+                                  'mgsr_nb.decoding.check_reading': ('decoding.html#check_reading', 'mgsr_nb/decoding.py'),
                                   'mgsr_nb.decoding.draw_tokens': ('decoding.html#draw_tokens', 'mgsr_nb/decoding.py'),
                                   'mgsr_nb.decoding.evaluating': ('decoding.html#evaluating', 'mgsr_nb/decoding.py'),
                                   'mgsr_nb.decoding.few_rows': ('decoding.html#few_rows', 'mgsr_nb/decoding.py'),

@@ -92,7 +92,8 @@ CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_valu
 def decoder(model: nn.Module) -> nn.Module:
     "The part of a language model below its head: ids to hidden states."
     base = base_model(model)
-    return getattr(base, base.base_model_prefix)
+    # not every architecture calls it by its own prefix (LLaMA 4)
+    return getattr(base, base.base_model_prefix, None) or base.model
 
 def head(model: nn.Module) -> nn.Module:
     "The output layer of a language model: hidden states (..., H) to logits (..., V or more)."

@@ -26,6 +26,7 @@ from ..models import (
     add_lora, check_head, check_sizes, check_tokenizers, load_model, load_tokenizer,
     shared_vocabulary, stop_ids)
 from ..span import phrase_chunker
+from ..decoding import check_reading
 from ..sampling import sampler
 from ..evaluation import answers, held_out, response_states, score_answers
 from .engine import accelerator_of, precision_of
@@ -190,6 +191,7 @@ def check_model(model: nn.Module, tokenizer, name: str, parameter: str) -> None:
             raise ConfigError(f"{parameter}: the logits of {name} are not finite; allowed: a model "
                 "whose weights are numbers")
         check_head(model, name, parameter)
+        check_reading(model, name, parameter)
     except (AttributeError, NotImplementedError, TypeError) as e:
         raise ConfigError(f"{parameter}: {name} cannot be read as a decoder with a head ({e}); "
             "allowed: GPT-2, OPT, LLaMA, Qwen, SmolLM and others with a plain head") from e
