@@ -210,6 +210,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mgsr_nb.models.hidden_states': ('models.html#hidden_states', 'mgsr_nb/models.py'),
                                 'mgsr_nb.models.load_model': ('models.html#load_model', 'mgsr_nb/models.py'),
                                 'mgsr_nb.models.load_tokenizer': ('models.html#load_tokenizer', 'mgsr_nb/models.py'),
+                                'mgsr_nb.models.lora_targets': ('models.html#lora_targets', 'mgsr_nb/models.py'),
                                 'mgsr_nb.models.model_path': ('models.html#model_path', 'mgsr_nb/models.py'),
                                 'mgsr_nb.models.resolve_precision': ('models.html#resolve_precision', 'mgsr_nb/models.py'),
                                 'mgsr_nb.models.save_model': ('models.html#save_model', 'mgsr_nb/models.py'),

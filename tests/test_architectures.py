@@ -6,7 +6,7 @@ import pytest, torch
 from architectures import ACCEPTED, ARCHITECTURES, REFUSED, tiny
 from mgsr_nb.config import ConfigError
 from mgsr_nb.decoding import Reading, check_reading, generate
-from mgsr_nb.models import hidden_states
+from mgsr_nb.models import add_lora, hidden_states
 from mgsr_nb.run.setup import check_model
 from mgsr_nb.sampling import sampler
 from mgsr_nb.scrg import SCRG, Scorer
@@ -93,6 +93,19 @@ def test_a_wrong_reading_is_refused_too(monkeypatch):
     "Not only what raises: states that differ."
     monkeypatch.setattr(Reading, "cut", lambda self, starts, rows=slice(None): None)
     with pytest.raises(ConfigError, match="cannot take tokens back"): check_reading(tiny("llama"), "llama", "student")
+
+LORA = {n: ("c_attn",) for n in ("gpt2", "gpt_bigcode")} | {n: ("query_key_value",) for n in ("gpt_neox", "bloom", "falcon")} | {"phi3": ("qkv_proj",), "mpt": ("Wqkv",)}
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_adapters_train_on_query_and_value_fused_or_not(name):
+    adapted = add_lora(tiny(name), rank=2, alpha=4., dropout=0.)
+    trained = {n for n, p in adapted.named_parameters() if p.requires_grad}
+    assert {n.split(".lora_")[0].rsplit(".", 1)[1] for n in trained} == set(LORA.get(name, ("q_proj", "v_proj")))
+    hidden_states(adapted, collate([(PROMPTS[0], [])], PAD)).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)
+
+def test_adapters_for_a_model_without_such_layers_are_refused_with_the_names_it_has():
+    with pytest.raises(ConfigError, match="^lora_rank: .*MambaForCausalLM has layers dt_proj, in_proj, out_proj, x_proj; allowed: 0, or a model with q_proj/v_proj, "): add_lora(tiny("mamba"), 2, 4., 0.)
 
 def table():
     lines = ["| model | sees the text by | states off by | after SCRG | greedy answers equal |", "|---|---|---|---|---|"]

@@ -24,7 +24,7 @@ from ..data import (
 from ..tokens import Encoded, PromptTooLong, batch_indices, encode, make_prompt
 from ..models import (
     add_lora, check_head, check_sizes, check_tokenizers, load_model, load_tokenizer,
-    shared_vocabulary, stop_ids)
+    lora_targets, shared_vocabulary, stop_ids)
 from ..span import phrase_chunker
 from ..decoding import check_reading
 from ..sampling import sampler
@@ -197,10 +197,14 @@ def check_model(model: nn.Module, tokenizer, name: str, parameter: str) -> None:
             "allowed: GPT-2, OPT, LLaMA, Qwen, SmolLM and others with a plain head") from e
 
 def check_models(config: RunConfig, tokenizer) -> None:
-    "`check_model` of the teacher and of a student of its own, before the teacher is tuned."
-    check_model(load_model(config.teacher), tokenizer, config.teacher, "teacher")
-    if config.student != "truncate":
-        check_model(load_model(config.student, "student"), tokenizer, config.student, "student")
+    """`check_model` of the teacher and of a student of its own, and `lora_targets` where adapters
+    train, before the teacher is tuned."""
+    names = {"teacher": config.teacher} | ({"student": config.student}
+        if config.student != "truncate" else {})
+    for parameter, name in names.items():
+        model = load_model(name, parameter)
+        check_model(model, tokenizer, name, parameter)
+        if config.lora_rank: lora_targets(model)
 
 def check_tools(config: RunConfig) -> None:
     "Refuse what needs a package or a program that is not here. Raises `ConfigError`."
