@@ -164,7 +164,8 @@ class TextParameters(SpanParameters):
 class RevisionParameters(TextParameters):
     "SCRG (Eq. 3-4): which token of the student's text is replaced, and by which one."
     scrg: bool = choice(True, "revise the student's samples; needs sampling other than fixed")
-    scrg_corrections: int = number(1, "corrections of a sequence; position and KL are recorded of the first", ge=1, le=16)
+    scrg_corrections: int = number(1,
+        "corrections of a sequence; position and KL are recorded of the first", ge=1, le=16)
     scrg_detect: Literal["max_kl", "threshold", "random"] = choice("max_kl",
         "the token to correct: largest KL as printed, the first that reaches scrg_threshold, any "
         "that differs")

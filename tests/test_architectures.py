@@ -7,7 +7,7 @@ from architectures import ACCEPTED, ARCHITECTURES, REFUSED, tiny
 from mgsr_nb.config import ConfigError
 from mgsr_nb.decoding import Reading, check_reading, generate
 from mgsr_nb.models import add_lora, hidden_states
-from mgsr_nb.run.setup import check_model
+from mgsr_nb.run.checks import check_model
 from mgsr_nb.sampling import sampler
 from mgsr_nb.scrg import SCRG, Scorer
 from mgsr_nb.tokens import collate

@@ -60,7 +60,7 @@ loss_weights = Suite(
 
 # %% ../../nbs/40_suites.ipynb #c028d15c
 def learned_means(folder: Path) -> dict:
-    "`learned_limits` of a finished run (notebook 30)."
+    "`learned_limits` of a finished run (notebook 32)."
     from mgsr_nb.run.results import learned_limits
     return learned_limits(folder)
 
