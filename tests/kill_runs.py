@@ -11,7 +11,7 @@ from mgsr_nb.config import resolve
 from tiny_runs import plain
 
 # `writing` is every file that is renamed into place: the log, results, checkpoints, artefacts
-PLACES = {"anywhere": (R.results, "run"), "sampling": (S, "draw_tokens"), "update": (R.trainer.Trainer, "update"), "checkpoint": (R.checkpoints.Checkpoints, "save"), "pruning": (R.setup.shutil, "rmtree"),
+PLACES = {"anywhere": (R.results, "run"), "sampling": (S, "draw_tokens"), "update": (R.trainer.Trainer, "update"), "checkpoint": (R.checkpoints.Checkpoints, "save"), "pruning": (R.checkpoints.shutil, "rmtree"),
           "log": (R.trainer, "write_csv"), "metrics": (R.results, "write_results"), "writing": (os, "replace")}
 
 def kill_soon(delay: float):

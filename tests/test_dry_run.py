@@ -4,7 +4,7 @@ import csv, json, os, re, shutil, socket, tempfile, urllib.request
 from pathlib import Path
 import pytest, torch
 from transformers import AutoModelForCausalLM
-import mgsr_nb.run.setup as setup_of
+import mgsr_nb.run.checks as checks
 from mgsr_nb import files, models
 from mgsr_nb.config import ConfigError, resolve
 from mgsr_nb.run import blueprints, dry_run as dry, memory as memory_of, rehearsal
@@ -142,7 +142,7 @@ def test_exactly_as_many_tokens_as_there_are_positions_are_allowed(closed, quick
 
 def test_a_refusal_inside_the_tiny_run_names_the_real_model(closed, quick, monkeypatch):
     def refuse(model, name, parameter): raise ConfigError(f"{parameter}: {name} changes its logits")
-    monkeypatch.setattr(setup_of, "check_head", refuse)
+    monkeypatch.setattr(checks, "check_head", refuse)
     words = "^teacher: meta-llama/Llama-2-13b-hf changes its logits$"
     with pytest.raises(ConfigError, match=words): try_run(closed, preset="llama2-dolly")
 

@@ -305,12 +305,12 @@ def test_an_unknown_chunker_or_a_missing_model_is_refused_in_words():
 def test_a_run_with_a_chunker_that_is_missing_stops_before_a_model_loads(monkeypatch, tmp_path):
     from mgsr_nb import run as R
     import mgsr_nb.run.artefacts
-    import mgsr_nb.run.setup
+    import mgsr_nb.run.checks
     from mgsr_nb.config import resolve
     def missing(name): raise ConfigError(f"chunker: {name} is not here")
-    monkeypatch.setattr(R.setup, "phrase_chunker", missing)
+    monkeypatch.setattr(R.checks, "phrase_chunker", missing)
     monkeypatch.setattr(R.artefacts, "load_model", lambda *a: pytest.fail("loaded a model"))
-    with pytest.raises(ConfigError, match="chunker: spacy is not here"): R.setup.check_tools(resolve(chunker="spacy"))
+    with pytest.raises(ConfigError, match="chunker: spacy is not here"): R.checks.check_tools(resolve(chunker="spacy"))
 
 def spacy_doc(words, pos, heads, deps):
     spacy = pytest.importorskip("spacy", reason="spaCy is not installed")

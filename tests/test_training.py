@@ -601,7 +601,7 @@ def test_a_tracker_hears_every_row_of_the_log(config, monkeypatch, ends):
         def log(self, values, step): heard.append((step, values))
         def finish(self): heard.append("finish")
     monkeypatch.setitem(R.engine.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
-    monkeypatch.setattr(R.setup.accelerate.utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setattr(R.checks.accelerate.utils, "is_tensorboard_available", lambda: True)
     c = config(tracker="tensorboard", max_steps=3)
     t = Trainer(prepare(c, cpu=True), open_run(c))
     with contextlib.nullcontext() if ends else pytest.raises(Interrupted): t.fit(*[] if ends else [interrupt_at(2)])
@@ -612,8 +612,8 @@ def test_a_tracker_hears_every_row_of_the_log(config, monkeypatch, ends):
 
 @pytest.mark.parametrize("missing", [dict(tracker="wandb"), dict(compile_student=True)], ids=lambda m: next(iter(m)))
 def test_a_missing_tool_is_said_before_a_model_loads(config, monkeypatch, missing):
-    monkeypatch.setattr(R.setup.accelerate.utils, "is_wandb_available", lambda: False)
-    monkeypatch.setattr(R.setup.shutil, "which", lambda name: None)
+    monkeypatch.setattr(R.checks.accelerate.utils, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(R.checks.shutil, "which", lambda name: None)
     monkeypatch.setattr(R.artefacts, "load_model", lambda *a: pytest.fail("loaded a model"))
     with pytest.raises(ConfigError, match=f"^{next(iter(missing))}: .*allowed: "): prepare(config(**missing), cpu=True)
 

@@ -1,9 +1,11 @@
 "What a run needs is checked before it costs: no refusal below comes after a step of tuning."
+from copy import deepcopy
 import pytest
 from unfit_models import UNFIT
 from mgsr_nb.config import ConfigError
 from mgsr_nb.run import artefacts
-from mgsr_nb.run.setup import check_model, prepare
+from mgsr_nb.run.checks import check_model, check_tokenizer
+from mgsr_nb.run.setup import prepare
 from tiny_models import tiny_model
 from toy_tokenizers import byte_level
 
@@ -37,8 +39,6 @@ def test_a_chat_template_that_is_not_there_or_refuses_is_one_sentence(config, un
     c = config("gpt2", template="chat")
     with pytest.raises(ConfigError, match="^template: chat, but .* has no chat template"):
         prepare(c, cpu=True)
-    from mgsr_nb.run.setup import check_tokenizer
-    from copy import deepcopy
     tokenizer = deepcopy(byte_level())
     tokenizer.chat_template = "{{ raise_exception('a system message first') }}"
     with pytest.raises(ConfigError, match="^template: .*a system message first"):
