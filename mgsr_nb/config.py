@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Iterable, Literal
 from pydantic import ValidationError, field_validator, model_validator
 from .presets import METHODS, PRESETS, named_parameters
-from .parameters import EVAL_SET_NAMES, EvaluationParameters
+from .parameters import (
+    EVAL_SET_NAMES, LAB_SET_NAMES, PAPER_SET_NAMES, EvaluationParameters)
 
 # %% ../nbs/02_config.ipynb #ce1866c4
 class ConfigError(ValueError):
@@ -44,7 +45,8 @@ ONLY_WITH = {
     "mixed_fraction": ("sampling", "mixed"), "threshold_start": ("sampling", "off_policy"),
     "buffer_size": ("sampling", "off_policy"), "chat_date": ("template", "chat")}
 # what runs did before there was a parameter for it; its default may be another
-BEFORE = {"shorten": "beginning", "chat_date": "2024-07-26"}
+BEFORE = {"shorten": "beginning", "chat_date": "2024-07-26", "sft_learning_rate": None,
+    "eval_greedy": False, "rouge_words": "english"}
 
 # %% ../nbs/02_config.ipynb #d70fc26d
 class RunConfig(EvaluationParameters):
@@ -87,12 +89,17 @@ class RunConfig(EvaluationParameters):
     def eval_set_list(self) -> list[str]:
         "The evaluation sets by name; `auto` follows the training data."
         if self.eval_sets != "auto": return [s.strip() for s in self.eval_sets.split(",")]
-        return ["tiny"] if self.data == "tiny" else [n for n in EVAL_SET_NAMES if n != "tiny"]
+        return list({"tiny": ["tiny"], "dolly": PAPER_SET_NAMES, "lab": LAB_SET_NAMES}[self.data])
 
     @property
     def eval_seed_list(self) -> list[int]:
         "The generation seeds as integers."
         return [int(s) for s in self.eval_seeds.split(",")]
+
+    @property
+    def sft_peak(self) -> float:
+        "The peak learning rate of the fine-tuning before distillation."
+        return self.sft_learning_rate or self.learning_rate
 
     @property
     def distils(self) -> bool:
@@ -211,9 +218,9 @@ def _check_data_dir(c):
     if c.data_dir and not os.path.isdir(c.data_dir):
         refuse("data_dir", f"there is no folder {c.data_dir!r} (looked from {Path.cwd()})",
             "an existing folder, or empty")
-    if c.data_dir and c.data == "tiny" and set(c.eval_set_list) == {"tiny"}:
-        refuse("data_dir", "nothing would be read from it, since data and eval_sets are tiny, "
-            "which comes with the library", "empty, or data dolly, or other eval_sets")
+    if c.data_dir and c.data != "dolly" and not set(c.eval_set_list) & set(PAPER_SET_NAMES):
+        refuse("data_dir", f"nothing would be read from it: data {c.data} and its sets come with "
+            "the library", "empty, or data dolly, or other eval_sets")
 
 CHECKS = (_check_limits, _check_classes, _check_scrg, _check_policy, _check_select, _check_weights,
     _check_lengths, _check_batch, _check_lists, _check_temperature, _check_run_name, _check_texts,

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from .world import LAB_SETS, lab_splits
 
 # %% ../nbs/06_data.ipynb #a05645e3
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Example:
     input: str = ""                     # the text it is asked about; often empty
     references: tuple[str, ...] = ()    # accepted answers; the first one is the training target
     category: str = ""                  # the file's category or topic, for tables
+    exact: bool = False                 # the first reference is the one right answer
+    about: tuple[str, ...] = ()         # of the laboratory: what the grammar of the answer needs
 
 # %% ../nbs/06_data.ipynb #17bf0cea
 class DataError(ValueError):
@@ -67,6 +70,7 @@ class Source:
     category: str = ""          # field of the category; empty: the format has none
     limit: int = 0              # the protocol's limit on the number of records; 0: all
     rather: str = ""            # a file below `data_dir` that is read instead, where it is there
+    made: bool = False          # no file: `path` is a split that the laboratory's world makes
 
 # %% ../nbs/06_data.ipynb #a211528c
 TRAIN_SETS = {  # name -> its training and validation files
@@ -81,6 +85,7 @@ TRAIN_SETS = {  # name -> its training and validation files
         # MiniLLM's development split: the first 1,000 lines of its raw file
         "validation": Source("dolly/dev.jsonl", "MiniLLM/dolly", "raw.jsonl", rows="train[:1000]"),
     },
+    "lab": {name: Source(name, made=True) for name in ("train", "validation")},
 }
 EVAL_SETS = {  # name -> source. `11_` is the protocol's subset of long references.
     "tiny": Source("tiny_instruct/test.jsonl", category="category"),
@@ -90,6 +95,7 @@ EVAL_SETS = {  # name -> source. `11_` is the protocol's subset of long referenc
     "sinst": Source("sinst/valid.jsonl", "MiniLLM/sinst", "11_/valid.jsonl"),
     "uinst": Source("uinst/valid.jsonl", "MiniLLM/uinst", "11_/valid.jsonl", limit=10_000,
         rather="uinst_11/valid.jsonl"),
+    **{name: Source(name, made=True) for name in LAB_SETS if name != "validation"},
 }
 
 # %% ../nbs/06_data.ipynb #23229810
@@ -129,6 +135,7 @@ def to_example(row: dict, source: Source, name: str, line: int, origin: str) -> 
 # %% ../nbs/06_data.ipynb #62e50ab6
 def place_of(source: Source, data_dir: str | Path = "") -> str:
     "The file that is read: its path in the package or below `data_dir`, or its name on the hub."
+    if source.made: return f"made by mgsr_nb.world: {source.path}"
     if not source.repo: return source.path
     if not data_dir: return f"{source.repo}/{source.file}"
     return source.rather if (Path(data_dir)/source.rather).is_file() else source.path
@@ -164,6 +171,7 @@ def _check_input_field(rows: list[tuple[int, dict]], source: Source, origin: str
 def load_source(source: Source, data_dir: str | Path, name: str) -> list[Example]:
     """All examples of one file; a source without a repository ships with the package and ignores
     `data_dir`. Raises FileNotFoundError or DataError."""
+    if source.made: return [Example(**row) for row in lab_splits()[source.path]]
     place = place_of(source, data_dir)
     if not source.repo: rows, origin = _from_folder(place, str(files("mgsr_nb"))), place
     elif data_dir: rows, origin = _from_folder(place, data_dir), str(Path(data_dir)/place)
@@ -180,8 +188,8 @@ def load_source(source: Source, data_dir: str | Path, name: str) -> list[Example
     return examples
 
 def load_eval_set(name: str, data_dir: str | Path = "") -> list[Example]:
-    """An evaluation set by its name in `EVAL_SETS`, from the package (tiny), the folder `data_dir`,
-    or the hub. Raises ValueError for another name."""
+    """An evaluation set by its name in `EVAL_SETS`, from the package (tiny), the laboratory's
+    world, the folder `data_dir`, or the hub. Raises ValueError for another name."""
     if name not in EVAL_SETS:
         raise ValueError(f"evaluation set: {name!r} is unknown; allowed: {', '.join(EVAL_SETS)}")
     return load_source(EVAL_SETS[name], data_dir, name)
@@ -247,8 +255,8 @@ class Splits:
     report: dict = field(default_factory=dict)
 
 def load_train(data: str, data_dir: str | Path = "") -> Splits:
-    """Training and validation split of `tiny` or `dolly`; training examples that ask a question of
-    validation or test are dropped and counted.
+    """Training and validation split of `tiny`, `lab` or `dolly`; training examples that ask a
+    question of validation or test are dropped and counted.
 
     Raises DataError if none is left, and ValueError for another name."""
     if data not in TRAIN_SETS:

@@ -11,6 +11,7 @@ __all__ = ['BUILTIN', 'GGUF_NAME', 'GGUF_DIGEST', 'GGUF_INSTALL', 'CACHE', 'LAYE
 # %% ../nbs/09_models.ipynb #1dd7bb7d
 import contextlib, importlib.util, os, re, shutil
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Callable, Optional
 import torch
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import ConfigError
 from .files import artefact, file_digest
 from .tokens import Batch, collate
+from .lab import LAB, lab_sizes, save_lab
 
 # %% ../nbs/09_models.ipynb #bcfc02d6
 BUILTIN = "smollm2-135m"
@@ -53,9 +55,13 @@ def _convert(folder: Path) -> None:
 
 def model_path(name: str) -> str:
     """What transformers loads for `name`: the builtin teacher's folder (converted on first use: 135
-    million weights of 4 bytes, 540 MB), or `name` itself."""
-    return (str(artefact("models", {"gguf": GGUF_DIGEST, "dtype": "float32"}, _convert))
-        if name == BUILTIN else name)
+    million weights of 4 bytes, 540 MB), that of a laboratory model (made on first use), or `name`
+    itself."""
+    if name == BUILTIN:
+        return str(artefact("models", {"gguf": GGUF_DIGEST, "dtype": "float32"}, _convert))
+    if lab_sizes(name):
+        return str(artefact("models", {"lab": name, "version": LAB}, partial(save_lab, name)))
+    return name
 
 # %% ../nbs/09_models.ipynb #76899fb7
 @contextlib.contextmanager
@@ -66,7 +72,7 @@ def _explained(name: str, parameter: str):
         raise ConfigError(f"{parameter}: cannot load {name!r}: {str(e).splitlines()[0]} Allowed: a "
             "local folder with config.json and safetensors, "
                           "a Hugging Face id (needs the hub, or its files in the local cache), "
-                          f"or {BUILTIN}") from e
+            f"{BUILTIN}, or lab-WIDTHxLAYERS") from e
 
 def load_tokenizer(name: str = BUILTIN, parameter: str = "teacher"):
     "The tokenizer of `name`. Raises `ConfigError` naming `parameter` if it cannot be loaded."

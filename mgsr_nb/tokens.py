@@ -34,7 +34,7 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     return f"{head}### Instruction:\n{instruction}\n\n{section}### Response:\n"
 
 # %% ../nbs/07_tokens.ipynb #800dd76e
-TEMPLATES = ("alpaca", "chat")
+TEMPLATES = ("alpaca", "chat", "plain")
 CHAT_DATE = "2024-07-26"        # the day that some templates name where no clock is at hand
 
 def on_the_day(chat_template: str, day: str) -> str:
@@ -51,10 +51,13 @@ def on_the_day(chat_template: str, day: str) -> str:
 def make_prompt(example: Example, template: str = "alpaca", tokenizer=None,
         chat_date: str = CHAT_DATE) -> str:
     """The text before the response; `chat` renders the tokenizer's own template, and if that asks
-    for today's date, it is `chat_date` (year-month-day).
+    for today's date, it is `chat_date` (year-month-day); `plain` has a line for the instruction and
+    one for the input, nothing else.
 
     Raises ValueError for another name, or a tokenizer without a template."""
     if template == "alpaca": return alpaca_prompt(example.instruction, example.input)
+    if template == "plain":
+        return "".join(f"{line}\n" for line in (example.instruction, example.input) if line)
     if template != "chat":
         raise ValueError(f"template: {template!r} is unknown; allowed: {', '.join(TEMPLATES)}")
     if not getattr(tokenizer, "chat_template", None):

@@ -8,7 +8,8 @@ from mgsr_nb.presets import PRESETS
 from mgsr_nb.config import resolve
 from mgsr_nb.data import Example
 from mgsr_nb.tokens import Encoded
-from mgsr_nb.evaluation import accumulated_error, answers, distinct_n, evaluate, excess_error, excess_errors, exposure, held_out, repetition, response_states, rouge_l, score_answers, token_losses, usable_length, written, written_and_read
+from mgsr_nb.answers import distinct_n, repetition, rouge_l, score_answers
+from mgsr_nb.evaluation import accumulated_error, answers, evaluate, excess_error, excess_errors, exposure, held_out, response_states, token_losses, usable_length, written, written_and_read
 from mgsr_nb.decoding import generator_for
 from mgsr_nb.sampling import sampler
 

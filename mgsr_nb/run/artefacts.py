@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..config import RunConfig
 from ..files import artefact, file_digest, write_json
 from ..tokens import Encoded, batch_indices, collate
+from ..lab import LAB, lab_sizes
 from ..models import (
     BUILTIN, GGUF_DIGEST, add_lora, block_influence, choose_layers, load_model, truncate)
 from ..objective import NLL, Objective
@@ -23,20 +24,22 @@ from .step import Distiller, make_optimizer, micro_batches, schedule_factor
 from .engine import check_finite, precision_of
 
 # %% ../../nbs/27_artefacts.ipynb #773d1240
-def fine_tune(model: nn.Module, examples: Sequence[Encoded], steps: int, batch_size: int,
-        micro_size: int, learning_rate: float, warmup_steps: int, weight_decay: float,
-              max_grad_norm: float, pad_id: int, vocab: int, chunk_tokens: int, autocast: Callable,
-              what: str = "fine-tuning") -> list[float]:
-    "Plain SFT of `model` in place, on one device; the loss of each step in nats a token."
-    device, losses = next(model.parameters()).device, []
+def fine_tune(model: nn.Module, examples: Sequence[Encoded], steps: int, config: RunConfig,
+        pad_id: int, vocab: int, autocast: Callable, what: str = "fine-tuning") -> list[float]:
+    """Plain SFT of `model` in place, on one device, with the batches and the optimiser of `config`;
+    the loss of each step in nats a token."""
+    c, device, losses = config, next(model.parameters()).device, []
     torch.manual_seed(0)  # dropout
-    distiller = Distiller(model, Objective({"sft": NLL()}, {"sft": 1.}, chunk_tokens), None,
+    distiller = Distiller(model, Objective({"sft": NLL()}, {"sft": 1.}, c.chunk_tokens), None,
         vocab).train()
-    optimizer = make_optimizer(distiller, learning_rate, learning_rate, weight_decay)
+    peak, micro_size = c.sft_peak, c.micro_batch_size or c.batch_size
+    optimizer = make_optimizer(distiller, peak, peak, c.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer,
-        lambda s: schedule_factor(s, steps, warmup_steps))
+        lambda s: schedule_factor(s, steps, c.warmup_steps))
+    lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
     for step in tqdm(range(steps), desc=what, mininterval=5, leave=False):
-        batch = [examples[i] for i in batch_indices(len(examples), batch_size, step, seed=0)]
+        batch = [examples[i] for i in batch_indices(len(examples), c.batch_size, step, 0, lengths,
+            c.length_buckets)]
         micros, counts = micro_batches(batch, None, None, pad_id, micro_size,
             math.ceil(len(batch) / micro_size), device, True)
         total = torch.zeros((), device=device)
@@ -44,7 +47,7 @@ def fine_tune(model: nn.Module, examples: Sequence[Encoded], steps: int, batch_s
             with autocast(): loss, *_ = distiller(micro, counts)
             loss.backward()
             total += loss.detach()
-        nn.utils.clip_grad_norm_(distiller.parameters(), max_grad_norm)
+        nn.utils.clip_grad_norm_(distiller.parameters(), c.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -52,7 +55,7 @@ def fine_tune(model: nn.Module, examples: Sequence[Encoded], steps: int, batch_s
     model.eval()
     losses = torch.stack(losses).tolist() if losses else []
     for i, loss in enumerate(losses):
-        check_finite(i + 1, {f"the loss of {what}": loss}, learning_rate)
+        check_finite(i + 1, {f"the loss of {what}": loss}, peak)
     return losses
 
 # %% ../../nbs/27_artefacts.ipynb #d50e5f79
@@ -79,9 +82,10 @@ def text_digest(examples: Sequence[Encoded]) -> str:
     return digest.hexdigest()[:16]
 
 def model_key(name: str) -> dict:
-    """What identifies the weights of `name`: the builtin's digest, a local folder's files, or a hub
-    id."""
+    """What identifies the weights of `name`: the builtin's digest, a laboratory model's name, a
+    local folder's files, or a hub id."""
     if name == BUILTIN: return {"builtin": GGUF_DIGEST}
+    if lab_sizes(name): return {"lab": name, "version": LAB}
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     return {"id": name, "files": [file_digest(f) for f in files]}
 
@@ -91,20 +95,19 @@ def tuned(kind: str, config: RunConfig, steps: int, key: dict, load: Callable, t
     """The model that `load()` gives and `key` identifies after `steps` of SFT on the training data
     (made once, then read from the cache), and its key."""
     if steps == 0: return load().to(accelerator.device), key
+    c = config
     key = key | {"steps": steps, "text": text_digest(train), "precision": precision_of(accelerator),
-        "device": accelerator.device.type, "lora": config.lora_rank
-        and (config.lora_rank, config.lora_alpha, config.lora_dropout),
-                 **{k: getattr(config, k) for k in ("batch_size", "learning_rate", "warmup_steps",
-                         "weight_decay", "max_grad_norm")}}
+        "device": accelerator.device.type, "learning_rate": c.sft_peak,
+        "lora": c.lora_rank and (c.lora_rank, c.lora_alpha, c.lora_dropout),
+        **{k: getattr(c, k) for k in ("batch_size", "warmup_steps", "weight_decay",
+            "max_grad_norm")}, **({"buckets": c.length_buckets} if c.length_buckets > 1 else {})}
     def make(folder: Path):
         model = load().to(accelerator.device)
         if config.lora_rank:
             torch.manual_seed(0)
             model = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
-        losses = fine_tune(model, train, steps, config.batch_size,
-            config.micro_batch_size or config.batch_size, config.learning_rate, config.warmup_steps,
-                           config.weight_decay, config.max_grad_norm, tokenizer.pad_token_id,
-                           len(tokenizer), config.chunk_tokens, accelerator.autocast, f"{kind} SFT")
+        losses = fine_tune(model, train, steps, config, tokenizer.pad_token_id, len(tokenizer),
+            accelerator.autocast, f"{kind} SFT")
         if config.lora_rank: model = model.merge_and_unload()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

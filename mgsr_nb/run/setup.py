@@ -21,7 +21,8 @@ from ..data import EVAL_SETS, blank_note, load_eval_set, load_train, place_of, s
 from ..tokens import Encoded, PromptTooLong, batch_indices, encode
 from ..models import add_lora, load_tokenizer, shared_vocabulary, stop_ids
 from ..sampling import sampler
-from ..evaluation import answers, held_out, response_states, score_answers
+from ..answers import score_answers, wordless, wordless_note
+from ..evaluation import answers, held_out, response_states
 from .engine import accelerator_of, precision_of
 from .artefacts import made_once, make_student, text_digest, tuned_teacher
 from .checks import check_models, check_pair, check_tools
@@ -67,7 +68,7 @@ class Setup:
         c = self.config
         texts = answers(self.sampler(model, temperature=c.eval_temperature), self.validation,
             self.tokenizer, c.eval_seed_list[0], c.max_new_tokens, c.eval_batch_size)
-        return score_answers(texts, [e.example for e in self.validation])["rouge_l"]
+        return score_answers(texts, [e.example for e in self.validation], c.rouge_words)["rouge_l"]
 
     def sampler(self, model: nn.Module, teacher_mix: float = 0.,
             temperature: float = 1.) -> Callable:
@@ -132,16 +133,22 @@ def load_data(config: RunConfig, tokenizer) -> tuple[list[Encoded], list[Encoded
     c = config
     splits = load_train(c.data, c.data_dir)
     tests = {name: load_eval_set(name, c.data_dir) for name in c.eval_set_list}
-    report = {**splits.report, "prompts": {},
+    report = {**splits.report, "prompts": {}, "notes": list(splits.report["notes"]),
         "eval_records": {name: len(examples) for name, examples in tests.items()},
         "eval_files": {name: place_of(EVAL_SETS[name], c.data_dir) for name in tests}}
-    notes = [note(n, e) for n, e in tests.items() for note in (subset_note, blank_note)]
-    report["notes"] = splits.report["notes"] + [note for note in notes if note]
+    for name, e in tests.items():
+        found = subset_note(name, e), blank_note(name, e), wordless_note(name, e, c.rouge_words)
+        report["notes"] += filter(None, found)
     def encoded(name, examples, wanted):
         return that_fit(name, tokenised(examples, tokenizer, c, wanted), c, report)
     train = encoded("training", splits.train, c.max_train_examples)
     validation = encoded("validation", splits.validation, c.eval_prompts)
     tests = {name: encoded(name, examples, c.eval_prompts) for name, examples in tests.items()}
+    silent = wordless([e.example for e in validation], c.rouge_words)
+    if c.select == "rouge_l" and 2 * silent > len(validation):
+        raise ConfigError(f"select: rouge_l, but {silent} of {len(validation)} validation "
+            f"references have no word that rouge_words {c.rouge_words} reads; allowed: nll or kl, "
+            "or rouge_words unicode")
     for note in report["notes"]: warnings.warn(note)
     return train, validation, tests, report
 
@@ -212,7 +219,8 @@ def prepare(config: RunConfig, cpu: bool = False) -> Setup:
                 "max_new_tokens": config.max_new_tokens, "vocab": vocab, "stops": stops,
                 "precision": precision, "frozen": frozen,
                 "device": accelerator.device.type, "teacher": teacher_key,
-                "exposure": config.eval_exposure}
+                "exposure": config.eval_exposure, "greedy": config.eval_greedy,
+                "words": config.rouge_words}
     setup = Setup(config, accelerator, tokenizer, teacher, student, vocab, stops, train, validation,
         eval_sets, report,
                   {"teacher": settings, "student_start": {**settings, "student": student_key,
