@@ -46,7 +46,8 @@ ONLY_WITH = {
     "buffer_size": ("sampling", "off_policy"), "chat_date": ("template", "chat")}
 # what runs did before there was a parameter for it; its default may be another
 BEFORE = {"shorten": "beginning", "chat_date": "2024-07-26", "sft_learning_rate": None,
-    "eval_greedy": False, "rouge_words": "english"}
+    "eval_greedy": False, "rouge_words": "english",
+    "save_prompts": True}
 
 # %% ../nbs/02_config.ipynb #d70fc26d
 class RunConfig(EvaluationParameters):

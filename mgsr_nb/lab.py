@@ -71,7 +71,7 @@ def lab_config(name: str, vocab: int) -> LlamaConfig:
     return LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=8 * round(width / 3),
         num_hidden_layers=layers, num_attention_heads=width // 16,
         max_position_embeddings=POSITIONS, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=1)
+        initializer_range=0.7 / width ** 0.5, bos_token_id=None, eos_token_id=0, pad_token_id=1)
 
 def save_lab(name: str, folder: Path) -> None:
     "Write a laboratory model, untrained, and its tokenizer as a Hugging Face checkpoint."

@@ -223,5 +223,7 @@ class EvaluationParameters(OptimiserParameters):
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = choice("none",
         "where the log goes besides log.csv; the tracker's package has to be installed")
     save_student: bool = choice(True, "write the student as a Hugging Face checkpoint")
+    save_prompts: bool = choice(True,
+        "keep the scores of single prompts, from which two runs are compared prompt by prompt")
     save_samples: int = number(0, "prompts of each set whose answers samples.jsonl keeps; 0: all",
         ge=0)

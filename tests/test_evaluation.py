@@ -1,4 +1,4 @@
-"""Evaluation: ROUGE-L on cases that a reader can count, answers in their order, sampling as the paper does it, losses of every token and
+"""Evaluation: answers in their order, sampling as the paper does it, losses of every token and
 the excess accumulated error against plain loops."""
 import math
 import pytest, torch
@@ -8,7 +8,7 @@ from mgsr_nb.presets import PRESETS
 from mgsr_nb.config import resolve
 from mgsr_nb.data import Example
 from mgsr_nb.tokens import Encoded
-from mgsr_nb.answers import distinct_n, repetition, rouge_l, score_answers
+from mgsr_nb.answers import repetition, score_answers
 from mgsr_nb.evaluation import accumulated_error, answers, evaluate, excess_error, excess_errors, exposure, held_out, response_states, token_losses, usable_length, written, written_and_read
 from mgsr_nb.decoding import generator_for
 from mgsr_nb.sampling import sampler
@@ -25,50 +25,6 @@ class Words:
     "A tokenizer whose text is the ids themselves; EOS is special."
     pad_token_id = PAD
     def decode(self, ids, skip_special_tokens=False): return " " + "  ".join(f"w{i}" for i in ids if not (skip_special_tokens and i == EOS)) + "\n"
-
-# --- ROUGE-L
-
-@pytest.mark.pitfall(37)
-@pytest.mark.parametrize("prediction,references,score", [
-    ("the cat sat", ["the cat sat"], 100), ("the cat sat", ["the cat ran"], 200 / 3),           # 2 of 3 words on both sides
-    ("the cat", ["the cat sat on the mat"], 50),                                                # precision 1, recall 2/6: F = 0.5
-    ("the cat sat on the mat", ["the cat"], 50), ("a b c d", ["d c b a"], 25),                  # in order, only one word is common
-    ("a x b y c", ["a b c"], 75),                                                               # gaps are allowed: 3/5 and 3/3
-    ("c d\na b", ["a b\nc d"], 50),                                                             # the whole text is one sequence, lines do not count (rougeLsum: 100)
-    ("he was running with dogs", ["he was run with dog"], 100),                                 # stemmed
-    ("The CAT, sat!", ["the cat sat"], 100),                                                    # lower case, no punctuation
-    ("dog", ["cat", "dog", "cat dog"], 100), ("a b", ["a", "b c d e"], 200 / 3),                # the best reference
-    ("", ["a b"], 0), ("...", ["a b"], 0), ("x", ["y"], 0)])
-def test_pitfall_37_rouge_l_counted_by_hand(prediction, references, score):
-    assert rouge_l(prediction, references) == pytest.approx(score, abs=1e-9)
-
-@pytest.mark.pitfall(37)
-@settings(max_examples=100, deadline=None)
-@given(prediction=st.lists(st.sampled_from("abcde"), min_size=1, max_size=12), references=st.lists(st.lists(st.sampled_from("abcde"), min_size=1, max_size=12), min_size=1, max_size=3))
-def test_pitfall_37_rouge_l_equals_a_longest_common_subsequence(prediction, references):
-    def lcs(a, b): return 0 if not a or not b else 1 + lcs(a[1:], b[1:]) if a[0] == b[0] else max(lcs(a[1:], b), lcs(a, b[1:]))
-    def f(reference):
-        n = lcs(prediction[:6], reference[:6])
-        return 200 * n / (len(prediction[:6]) + len(reference[:6]))     # 2 P R / (P + R)
-    assert rouge_l(" ".join(prediction[:6]), [" ".join(r[:6]) for r in references]) == pytest.approx(max(map(f, references)))
-
-def test_rouge_l_without_references_is_an_error():
-    with pytest.raises(ValueError, match="no references"): rouge_l("a", [])
-
-def test_distinct_n_by_hand():
-    texts = ["The cat the cat", "the dog"]
-    assert distinct_n(texts, 1) == 3 / 6 and distinct_n(texts, 2) == 3 / 4 and distinct_n(texts, 4) == 1 and distinct_n(texts, 5) == 0
-    assert distinct_n([], 1) == 0 and distinct_n(["", " "], 1) == 0
-    assert distinct_n(["a b", "c"], 2) == 1      # no n-gram goes from one text to the next
-
-@pytest.mark.parametrize("texts,n,rate", [
-    (["a b c d a b c d"], 4, 1 - 4 / 5),                            # abcd, bcda, cdab, dabc, abcd
-    (["A b", "a B a b"], 2, (0 + 1 - 2 / 3) / 2),                   # lower case; each text alone, then the mean
-    (["the cat sat down"] * 3, 4, 0),                               # the same text thrice repeats nothing within a text
-    (["x x x x x x x x", "x x"], 2, (6 / 7 + 0) / 2),               # texts of different length weigh the same
-    (["a b c", "", "a a a a a"], 4, (0 + 0 + 1 / 2) / 3),           # too short for an n-gram: 0, and counted
-    ([], 4, 0)])
-def test_repetition_by_hand(texts, n, rate): assert repetition(texts, n) == pytest.approx(rate, abs=1e-12)
 
 def test_repetition_counts_four_words_unless_told_otherwise_and_stands_beside_distinct():
     texts = ["a b a b a b", "a b c d", "", "w w w w w", "x", "y", "z"]

@@ -74,8 +74,7 @@ def write_results(setup: Setup, folder: Path, start: dict, teacher: dict, end: d
         log: list[dict], seconds: dict[str, float]) -> dict:
     "Write log.csv, samples.jsonl, the student and, last, metrics.json; returns the metrics."
     c, found = setup.config, {"student_start": start, "student": end, "teacher": teacher}
-    plain = {who: {k: v for k, v in s.items() if k not in ("answers", "ids")}
-        for who, s in found.items()}
+    plain = {who: _kept(s, c.save_prompts) for who, s in found.items()}
     metrics = {"run_name": run_name(c), "digest": c.digest,
         "config": c.model_dump(exclude={"data_dir", "runs_dir"}), "machine": machine(setup),
         "data": setup.report, **plain, "seconds": seconds}
@@ -86,6 +85,13 @@ def write_results(setup: Setup, folder: Path, start: dict, teacher: dict, end: d
     write_json(folder/"metrics.json", metrics)
     tidy(folder)
     return metrics
+
+def _kept(scores: dict, prompts: bool) -> dict:
+    "What metrics.json keeps of `scores`."
+    def of(part):
+        return {k: v for k, v in part.items() if prompts or not k.endswith("_per_prompt")}
+    return {"validation": of(scores["validation"]), "average": scores["average"],
+        "test": {name: of(part) for name, part in scores["test"].items()}}
 
 def _samples(setup: Setup, found: dict[str, dict]) -> list[str]:
     kept = {(name, e.example.id) for name, examples in setup.eval_sets.items()

@@ -219,8 +219,6 @@ class Trainer:
                 on_step(row)
                 bar.update()
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-                if self.folder and self.accelerator.is_main_process:
-                    write_csv(self.folder/"log.csv", p.log)
                 if self.folder and self._due(c.checkpoint_every) and p.step < c.max_steps:
                     self.checkpoints.save()
         self.restore_best()
@@ -231,6 +229,8 @@ class Trainer:
     def _note(self, row: dict, track: Callable) -> None:
         self.progress.log.append(row)
         track(row)
+        if self.folder and self.accelerator.is_main_process:
+            write_csv(self.folder/"log.csv", self.progress.log)
 
     def restore_best(self) -> None:
         "With `select`: put the weights of the best validation into the student."

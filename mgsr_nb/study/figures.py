@@ -118,10 +118,11 @@ def limits_plot(log: pd.DataFrame) -> Figure:
 
 # %% ../../nbs/49_figures.ipynb #83bfad92
 def weight_grid(results: Results, suite: str = "loss_weights") -> pd.DataFrame:
-    "Columns dac, span, and the mean over seeds of each metric, a row a cell."
+    "Columns dac, span, and the mean over seeds of each metric, a row a cell with sft_weight 1."
     return pd.DataFrame([dict(zip(("dac", "span"), weights_of(runs[0])))
             | {m: sample(runs, m).by_seed().mean() for m in METRICS}
-            for runs in results.cells(suite).values()])
+            for runs in results.cells(suite).values()
+            if runs[0].metrics["config"].get("sft_weight", 1) == 1])
 
 def weight_heatmap(grid: pd.DataFrame) -> Figure:
     """`weight_grid` as heat maps of NLL and ROUGE-L, the better the darker; combinations without

@@ -84,7 +84,8 @@ def weights_answer(results: Results, suite: str = "loss_weights") -> str:
     """Markdown, a paragraph and what else there is to say: does the balance of the loss weights
     matter? A cell without one of the two losses is no balance, so the two are told apart."""
     title = "**Does the balance of the loss weights matter?**"
-    cells = results.cells(suite)
+    cells = {c: runs for c, runs in results.cells(suite).items()
+        if runs[0].metrics["config"].get("sft_weight", 1) == 1}
     reference = results.described(suite).reference if results.described(suite).cells else ""
     pairs = {c: d for c in cells if c != reference and (d := paired(results, suite, c, reference))}
     if not pairs: return f"{title} Not run yet: `mgsr-ablate {suite} --seeds {MIN_SEEDS}`."

@@ -107,14 +107,18 @@ def _place(name: str, known) -> int: return list(known).index(name) if name in k
 
 # %% ../../nbs/45_records.ipynb #9dd222b0
 def read_results(runs_dir: str | Path = "runs", suites: Optional[dict] = None) -> Results:
-    """What lies below `runs_dir`; a relative path starts at the project's root.
+    """What lies below `runs_dir`; a relative path starts at the project's root. Runs that keep no
+    scores of single prompts are the laboratory's, and for another reader.
 
     `suites`: {name: Suite}, by default those of notebook 40."""
     if suites is None: from mgsr_nb.study.suites import SUITES as suites
     folders = [p for p in runs_root(runs_dir).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name)
         and p.is_dir() and p.parts[-3] not in NO_SUITES]
-    return Results(by_one_teacher(in_one_precision(on_the_same_prompts([read_run(p)
-                        for p in sorted(folders)]))), suites)
+    runs = [r for r in map(read_run, sorted(folders)) if _keeps_prompts(r)]
+    return Results(by_one_teacher(in_one_precision(on_the_same_prompts(runs))), suites)
+
+def _keeps_prompts(run: Run) -> bool:
+    return run.metrics is None or run.metrics.get("config", {}).get("save_prompts", True)
 
 def _prompts(run: Run) -> str:
     "What tells the prompts of two usable runs apart: the tokens of every reference."

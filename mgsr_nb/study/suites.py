@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'loss_weights', 'fixed_clipping', 'components', 'sampling', 'dac_parts', 'divergences', 'baselines',
-           'corrections', 'f_sub', 'spans', 'capacity', 'temperature', 'SUITES', 'After', 'Claim', 'Suite',
-           'learned_means']
+           'corrections', 'f_sub', 'spans', 'capacity', 'temperature', 'readings', 'STUDENTS', 'sizes', 'SUITES',
+           'After', 'Claim', 'Suite', 'learned_means']
 
 # %% ../../nbs/40_suites.ipynb #2a21ff54
 from dataclasses import dataclass, field
@@ -52,7 +52,8 @@ class Suite:
 # %% ../../nbs/40_suites.ipynb #3e274f39
 WEIGHTS = ((1., 0.), (0., 1.), (0.5, 0.5), (1., 0.5), (0.5, 1.), (1., 1.))
 loss_weights = Suite(
-    {f"dac={dac:g},span={span:g}": dict(dac_weight=dac, span_weight=span) for dac, span in WEIGHTS},
+    {f"dac={dac:g},span={span:g}": dict(dac_weight=dac, span_weight=span) for dac, span in WEIGHTS}
+    | {"sft=2,dac=1,span=1": dict(sft_weight=2.)},
     "dac=1,span=1",
     "Does the balance of the two distillation losses matter?",
     (Claim("all weights 1, rather than no span loss", "dac=1,span=1", "dac=1,span=0", "Table 2"),
@@ -152,7 +153,20 @@ temperature = Suite({f"{method},T={t:g}": dict(method=method, eval_temperature=t
         for t in (1., 0.7, 0.) for method in ("mgsr", "kd")}, "mgsr,T=1",
     "Is a higher ROUGE-L a matter of how sharp the student is?")
 
+# %% ../../nbs/40_suites.ipynb #47ade4fa
+readings = Suite(
+    {f"{reading},{clip},{remainder}": dict(clip_reading=reading, remainder=remainder,
+        **(dict(clip="fixed_quantile") if clip == "fixed" else {}))
+     for reading in ("value", "rank", "mass") for clip in ("learned", "fixed")
+     for remainder in ("as_printed", "renormalise", "bucket")}, "value,learned,as_printed",
+    "What are u and l compared with, and what becomes of the mass outside?")
+
+STUDENTS = ("lab-32x2", "lab-48x2", "lab-64x2", "lab-96x3", "lab-128x4")
+sizes = Suite({f"{method},{student}": dict(method=method, student=student)
+        for student in STUDENTS for method in ("mgsr", "kd", "sft")}, "mgsr,lab-64x2",
+    "As the student grows, who gains from what?")
+
 SUITES = dict(loss_weights=loss_weights, fixed_clipping=fixed_clipping, components=components,
-    sampling=sampling, dac_parts=dac_parts, divergences=divergences,
-              baselines=baselines, corrections=corrections, f_sub=f_sub, spans=spans,
-              capacity=capacity, temperature=temperature)
+    sampling=sampling, dac_parts=dac_parts, divergences=divergences, baselines=baselines,
+    corrections=corrections, f_sub=f_sub, spans=spans, capacity=capacity, temperature=temperature,
+    readings=readings, sizes=sizes)

@@ -1,0 +1,63 @@
+"The laboratory's study: pairs by seed, the rule, tables that say what the runs hold."
+import pytest
+from scipy.stats import ttest_1samp
+from mgsr_nb.files import write_json
+from mgsr_nb.study.laboratory import (
+    SCORES, against_reference, better_by_seed, lab_effect_table, lab_effects, lab_plot, lab_score,
+    lab_table, of_claims, read_lab)
+from mgsr_nb.study.statistics import FAILS, HOLDS, NEGLIGIBLE, OPEN
+from mgsr_nb.study.records import read_results
+
+BASE = dict(exact=60., greedy_exact=70., truth_kl=.3, kl=.2, nll=1., rouge_l=60., greedy_rouge_l=70.)
+NOISE = [.3, -.2, .1, -.3, .1]
+
+def write(root, cell, seeds=5, **gains):
+    for k in range(seeds):
+        average = {s: v + gains.get(s, 0) + NOISE[k] * (.01 if v < 2 else 1) * (cell != 'none') + k for s, v in BASE.items()}
+        write_json(root/f'components+lab/{cell}/seed{k}/metrics.json', {'config': {'save_prompts': False}, 'student_start': {'average': BASE, 'test': {}},
+            'student': {'average': average, 'test': {'lab': dict(exact=average['exact'] + 1)}}, 'teacher': {'average': BASE, 'test': {}}})
+
+@pytest.fixture
+def results(tmp_path):
+    write(tmp_path, 'none')
+    write(tmp_path, 'scrg', exact=5, greedy_exact=4, truth_kl=-.1)
+    write(tmp_path, 'scrg+dac', exact=5, greedy_exact=-4)            # a sharper student, not a better one
+    write(tmp_path, 'dac', exact=5, greedy_exact=4, truth_kl=.1)     # farther from the truth
+    write(tmp_path, 'span', seeds=3, exact=5, greedy_exact=4)
+    write(tmp_path, 'scrg+dac+span', exact=-6, greedy_exact=-4, truth_kl=.1)
+    return read_lab(tmp_path)
+
+def test_effects_and_verdicts(results):
+    found = {e.better: e for e in lab_effects(results, 'components', against_reference(results, 'components'))}
+    assert {c: e.verdict for c, e in found.items()} == {'scrg': HOLDS, 'scrg+dac': OPEN, 'dac': OPEN, 'span': f'{OPEN} (3 seeds)', 'scrg+dac+span': FAILS}
+    t = found['scrg'].tests['exact']
+    assert found['scrg'].by_seed == pytest.approx({k: 5 + n for k, n in enumerate(NOISE)})
+    low, high = ttest_1samp([5 + n for n in NOISE], 0).confidence_interval()
+    assert (t.mean - t.half, t.mean + t.half) == pytest.approx((low, high))
+    assert found['scrg'].tests['truth_kl'].mean == pytest.approx(.1)        # lower is better
+
+def test_a_small_difference_is_a_finding(tmp_path):
+    write(tmp_path, 'none'), write(tmp_path, 'scrg')
+    (found,) = lab_effects(read_lab(tmp_path), 'components', [('scrg', 'none')])
+    assert found.verdict == NEGLIGIBLE
+
+def test_pairs_are_of_the_same_seed(tmp_path):
+    write(tmp_path, 'none', seeds=2), write(tmp_path, 'scrg', seeds=4, exact=1)
+    found = read_lab(tmp_path)
+    assert better_by_seed(found, 'components', 'scrg', 'none', 'exact') == pytest.approx({0: 1.3, 1: .8})
+    assert better_by_seed(found, 'components', 'scrg', 'nobody', 'exact') == {}
+    assert lab_effects(found, 'components', [('scrg', 'nobody')]) == []
+    assert lab_score(found.runs[0], 'exact', where='lab') == lab_score(found.runs[0], 'exact') + 1
+
+def test_tables_hold_every_cell_and_comparison(results):
+    table = lab_table(results, 'components').splitlines()
+    assert [line.split('|')[1].strip() for line in table[2:]] == ['`none`', '`scrg`', '`scrg+dac`', '`scrg+dac+span`', '`dac`', '`span`', '(start)', '(teacher)']
+    assert '62.0 ± 1.6' in table[2] and all(m.label in table[0] for m in SCORES.values())
+    effects = lab_effects(results, 'components', of_claims(results, 'components'))
+    lines = lab_effect_table(effects).splitlines()[2:]
+    assert len(lines) == len(effects) == 3 and '`scrg`' in lines[0] and '**holds**' in lines[0] and '+5.0 ± 0.3' in lines[0]
+    assert len(lab_plot(effects).axes) == 2
+
+def test_the_other_reader_leaves_them_alone(tmp_path):
+    write(tmp_path, 'none')
+    assert read_results(tmp_path).runs == []
