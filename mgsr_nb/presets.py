@@ -39,7 +39,7 @@ PRESETS = {
         max_prompt_tokens=48, max_tokens=96, max_new_tokens=32, batch_size=32, length_buckets=20,
         chunk_tokens=2048, max_steps=300, warmup_steps=30, threshold_start=0.5, buffer_size=320,
         eval_prompts=400, eval_batch_size=200, eval_greedy=True, eval_every=50, log_every=5,
-        save_samples=13),
+        save_samples=12),
     "gpt2-dolly": dict(_whole,
         teacher="openai-community/gpt2-xl", student="openai-community/gpt2"),
     "opt-dolly": dict(_lora,

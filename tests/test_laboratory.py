@@ -3,10 +3,11 @@ import pytest
 from scipy.stats import ttest_1samp
 from mgsr_nb.files import write_json
 from mgsr_nb.study.laboratory import (
-    SCORES, against_reference, better_by_seed, lab_effect_table, lab_effects, lab_plot, lab_score,
+    BETTER, EXPECTED, SAME, SCORES, WORSE, against_reference, better_by_seed, lab_effect_table, lab_effects, lab_plot, lab_score,
     lab_table, of_claims, read_lab)
 from mgsr_nb.study.statistics import FAILS, HOLDS, NEGLIGIBLE, OPEN
 from mgsr_nb.study.records import read_results
+from mgsr_nb.study.suites import SUITES
 
 BASE = dict(exact=60., greedy_exact=70., truth_kl=.3, kl=.2, nll=1., rouge_l=60., greedy_rouge_l=70.)
 NOISE = [.3, -.2, .1, -.3, .1]
@@ -61,3 +62,13 @@ def test_tables_hold_every_cell_and_comparison(results):
 def test_the_other_reader_leaves_them_alone(tmp_path):
     write(tmp_path, 'none')
     assert read_results(tmp_path).runs == []
+
+@pytest.mark.parametrize('suite', EXPECTED)
+def test_what_was_expected_is_of_cells_that_there_are(suite):
+    assert EXPECTED[suite].cells.keys() <= SUITES[suite].cells.keys() - {SUITES[suite].reference}
+    assert set(EXPECTED[suite].cells.values()) <= {BETTER, WORSE} and EXPECTED[suite].of('no such cell') == SAME
+    assert EXPECTED[suite].why
+
+def test_a_table_says_what_was_expected(results):
+    (effect,) = lab_effects(results, 'components', [('dac', 'none')])
+    assert '| worse |' in lab_effect_table([effect], EXPECTED['components']) and '| worse |' not in lab_effect_table([effect])

@@ -706,13 +706,13 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(name, chunk, block, heads
     assert calls["head"] == calls["t_head"] == heads and softmaxes == [n for n in blocks for _ in range(2)]
 
 def test_the_size_of_a_block():
-    "16 rows where a block should fit the cache, and the chunk elsewhere."
+    "So many logits where a block should fit the cache, and the chunk elsewhere."
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     small = objective(everything("learned_full"), 64)
-    assert small.block(cpu) == 16 and small.block(gpu) == 64
+    assert small.block(cpu, 49_152) == 16 and small.block(cpu, 1000) == 786 and small.block(cpu, 10 ** 7) == 1 and small.block(gpu, 1000) == 64
     large = objective({"dac": DAC(DACKL(LearnedClip(SubNetwork(2000, width=256))))}, 64)
-    assert large.block(cpu) == large.block(gpu) == 64
-    assert objective(everything(), 64, 5).block(cpu) == objective(everything(), 64, 5).block(gpu) == 5
+    assert large.block(cpu, 1000) == large.block(gpu, 1000) == 64
+    assert objective(everything(), 64, 5).block(cpu, 1000) == objective(everything(), 64, 5).block(gpu, 1000) == 5
 
 # --- what the rows carry
 

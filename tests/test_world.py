@@ -59,8 +59,6 @@ def _right(r: dict) -> str:
     if kind == "reverse": return ", ".join(items[::-1])
     if kind == "position": return items[0] if "first" in asked else items[-1]
     if kind == "count": return NUMBERS[len(items) - 1]
-    if kind == "find":
-        return next(who for thing, who in re.findall(r"The \w+ (\w+) is with (\w+)\.", text) if f" {thing}" in asked)
     if kind == "opposite": return re.sub(r"(\w+)\.$", lambda m: OPPOSITES[m[1]] + ".", text)
     if kind == "past": return re.sub(r"^(\w+) (\w+)", lambda m: f"{m[1]} {PAST[m[2]]}", text)
     a, b = names[-2:]
