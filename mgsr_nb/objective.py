@@ -233,7 +233,7 @@ class Sweep:
                 if gradient is not None: self.totals[p] += gradient
 
 # %% ../nbs/13_objective.ipynb #93273999
-BLOCK = 16 * 49_152     # logits: 3 MB
+BLOCK = 16 * 49_152     # logits, 3 MB: they fit a cache
 
 class _HandOut(torch.autograd.Function):
     @staticmethod
@@ -261,9 +261,8 @@ class Evaluated(NamedTuple):
 class Objective(nn.Module):
     """Eq. 11: the terms by name, their weights, and how many rows are projected at once.
 
-    Terms of weight 0 should not be in it: they would cost their computation. `block_rows` = 0: on a
-    CPU `BLOCK` logits, which fit its cache, unless a term is so large (f_sub with 3V inputs) that
-    adding up its gradient costs more; else the whole chunk."""
+    Terms of weight 0 should not be in it: they cost. `block_rows` = 0: on a CPU `BLOCK` logits,
+    unless adding up the gradient of a large f_sub costs more; else the whole chunk."""
     def __init__(self, terms: dict[str, nn.Module], weights: dict[str, float],
             chunk_tokens: int = 256, block_rows: int = 0):
         super().__init__()
@@ -274,10 +273,10 @@ class Objective(nn.Module):
         "Names of the terms that are computed on these texts (`data`, `distilled`)."
         return [name for name, term in self.terms.items() if term.text in texts]
 
-    def block(self, device: torch.device, vocab: int) -> int:
+    def block(self, device: torch.device, vocab: Optional[int]) -> int:
         if self.block_rows: return self.block_rows
         small = device.type == "cpu" and sum(p.numel() for p in self.parameters()) < 1e6
-        return max(BLOCK // vocab, 1) if small else self.chunk_tokens
+        return max(BLOCK // (vocab or 49_152), 1) if small else self.chunk_tokens
 
     def forward(self, text: Text, names: list[str], counts: dict[str, Tensor]) -> Evaluated:
         """The named terms on `text`: each sum divided by its count (`data_tokens`,

@@ -35,10 +35,10 @@ PRESETS = {
     # the laboratory: a pair from scratch that trains to the end in minutes, in a small world
     "lab": dict(
         data="lab", template="plain", teacher="lab-128x4", student="lab-64x2",
-        teacher_sft_steps=1800, student_sft_steps=300, sft_learning_rate=3e-3, learning_rate=1e-3,
+        teacher_sft_steps=1800, student_sft_steps=300, sft_learning_rate=3e-3, learning_rate=2e-3,
         max_prompt_tokens=48, max_tokens=96, max_new_tokens=32, batch_size=32, length_buckets=20,
         chunk_tokens=2048, max_steps=300, warmup_steps=30, threshold_start=0.5, buffer_size=320,
-        eval_prompts=400, eval_batch_size=200, eval_greedy=True, eval_every=50, log_every=5,
+        eval_prompts=400, eval_batch_size=200, eval_greedy=True, eval_every=50, log_every=10,
         save_samples=12),
     "gpt2-dolly": dict(_whole,
         teacher="openai-community/gpt2-xl", student="openai-community/gpt2"),

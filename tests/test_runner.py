@@ -139,7 +139,7 @@ def test_a_suite_goes_on_in_its_precision(project, monkeypatch):
 
 def test_a_dry_run_starts_nothing(project):
     done = call('--dry-run')
-    assert done.returncode == 0 and done.stdout.count('missing') == 6 and 'unknown' in done.stdout and not ran(project) and not (project/'runs').exists()
+    assert done.returncode == 0 and done.stdout.count('missing') == 7 and 'unknown' in done.stdout and not ran(project) and not (project/'runs').exists()
 
 
 def test_two_runners_run_each_cell_once(project):
