@@ -11,7 +11,6 @@ import hashlib, re
 from pathlib import Path
 from typing import Optional
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .config import ConfigError
 from .grammar import next_tokens
@@ -25,6 +24,7 @@ TOKENS = 1000           # at most; the world's words need fewer
 
 def lab_tokenizer() -> PreTrainedTokenizerFast:
     "The tokenizer of all laboratory models, trained on the training set (a second)."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     split = pre_tokenizers.Split("\n", "isolated")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -359,7 +359,7 @@ def test_the_last_weights_are_the_result_unless_others_are_asked_for(config):
 @pytest.mark.parametrize("metric", METRICS)
 def test_what_is_reported_is_measured_on_the_kept_weights(config, metric, tmp_path, monkeypatch):
     "A whole run, with real validations of which the last one is not the best."
-    if metric == "rouge_l": monkeypatch.setattr(R.setup, "score_answers", lambda texts, examples: {"rouge_l": float(sum(map(ord, "".join(texts))) % 97)})      # random models score 0
+    if metric == "rouge_l": monkeypatch.setattr(R.setup, "score_answers", lambda texts, examples, words: {"rouge_l": float(sum(map(ord, "".join(texts))) % 97)})      # random models score 0
     c = config(select=metric, run_name="x", **{**KEEP, **(dict(method="kd", sft_weight=0.0, learning_rate=0.03) if metric == "nll" else dict(learning_rate=0.1))})
     kept, keep_best = {}, Trainer.keep_best
     def copied(self, row):

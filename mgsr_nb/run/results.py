@@ -88,10 +88,11 @@ def write_results(setup: Setup, folder: Path, start: dict, teacher: dict, end: d
 
 def _kept(scores: dict, prompts: bool) -> dict:
     "What metrics.json keeps of `scores`."
-    def of(part):
-        return {k: v for k, v in part.items() if prompts or not k.endswith("_per_prompt")}
-    return {"validation": of(scores["validation"]), "average": scores["average"],
-        "test": {name: of(part) for name, part in scores["test"].items()}}
+    found = {k: v for k, v in scores.items() if k not in ("answers", "ids")}
+    if prompts: return found
+    def of(part): return {k: v for k, v in part.items() if not k.endswith("_per_prompt")}
+    return found | {"validation": of(found["validation"]),
+        "test": {name: of(part) for name, part in found["test"].items()}}
 
 def _samples(setup: Setup, found: dict[str, dict]) -> list[str]:
     kept = {(name, e.example.id) for name, examples in setup.eval_sets.items()
