@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 import pytest
 from mgsr_nb import data as D
+from mgsr_nb.parameters import PAPER_SET_NAMES
 from mgsr_nb.data import DataError, Example, blank_note, load_eval_set, load_train, normalised, place_of, read_jsonl, subset_note, without_overlap
 from mgsr_nb.tokens import alpaca_prompt
 
@@ -211,11 +212,11 @@ def test_real_data():
     splits = load_train("dolly", REAL)
     wanted = dict(records=15_011, train=13_442, validation=1_000, test=500, dropped=1_569, dropped_exact=1_406, validation_in_test=2)
     assert {k: splits.report[k] for k in wanted} == wanted
-    sizes = {name: len(load_eval_set(name, REAL)) for name in D.EVAL_SETS if name != "tiny"}
+    sizes = {name: len(load_eval_set(name, REAL)) for name in PAPER_SET_NAMES}
     long = (Path(REAL)/"uinst_11").is_dir()
     assert sizes == dict(dolly=500, self_inst=242, vicuna=80, sinst=1_694, uinst=135 if long else 1_050)
     assert bool(subset_note("uinst", load_eval_set("uinst", REAL))) is not long and not subset_note("sinst", load_eval_set("sinst", REAL))
     for name, source in {**D.EVAL_SETS, "dev": D.TRAIN_SETS["dolly"]["validation"]}.items():  # our prompts are the files' own
-        if name == "tiny": continue
+        if not source.repo: continue
         for _, row in read_jsonl(Path(REAL) / source.path): assert alpaca_prompt(row["instruction"], row.get("input", "")) == row["prompt"]
 
