@@ -68,7 +68,7 @@ def test_every_suite_is_valid_under_every_preset():
             assert all(resolve(j.params).save_student is False for j in jobs)
 
 def test_suites_have_what_was_asked_for():
-    assert {'loss_weights', 'fixed_clipping', 'components', 'sampling', 'dac_parts', 'divergences', 'baselines', 'corrections', 'f_sub', 'spans', 'capacity', 'temperature'} == set(SUITES)
+    assert {'loss_weights', 'fixed_clipping', 'components', 'sampling', 'dac_parts', 'divergences', 'baselines', 'corrections', 'f_sub', 'spans', 'capacity', 'temperature', 'readings', 'sizes'} == set(SUITES)
     weights = {(resolve(c).dac_weight, resolve(c).span_weight) for c in SUITES['loss_weights'].cells.values()}
     assert weights == {(1, 0), (0, 1), (.5, .5), (1, .5), (.5, 1), (1, 1)}
     clips = {n: resolve(c) for n, c in SUITES['fixed_clipping'].cells.items() if isinstance(c, dict)}
@@ -98,7 +98,7 @@ def test_a_suite_with_a_cell_that_fails(project):
     args = '--cells', ';'.join(CELLS[:3]), '-p', 'weight_decay', '0.5'
     done = call(*args)
     assert done.returncode == 1 and 'failed: loss_weights/dac=0,span=1/seed0' in done.stderr and 'ValueError: this cell must fail' in done.stdout
-    assert [state(j) for j in jobs_of('loss_weights', preset='quickstart', params=dict(max_steps=3, weight_decay=.5))] == ['finished', 'failed', 'finished', *3 * ['missing']]
+    assert [state(j) for j in jobs_of('loss_weights', preset='quickstart', params=dict(max_steps=3, weight_decay=.5))] == ['finished', 'failed', 'finished', *4 * ['missing']]
     record = json.loads((folder(project, CELLS[1])/'error.json').read_text())
     assert record['error'] == 'ValueError: this cell must fail' and 'config.dac_weight == 0' in record['traceback'] and '\x1b' not in record['traceback']
     assert sorted(p.name for p in folder(project, CELLS[0]).iterdir()) == ['config.json', 'metrics.json', 'train.ipynb']
