@@ -227,7 +227,7 @@ def test_time_left_and_steps_from_the_folders(project):
     job = jobs_of('loss_weights', preset='quickstart', params=dict(max_steps=3))[0]
     assert call('--cells', ';'.join(CELLS[:2])).returncode == 0
     table = plan(jobs_of('loss_weights', preset='quickstart', params=dict(max_steps=3)))
-    assert list(table.state) == ['finished', 'finished', *4 * ['missing']] and time_left(table, 2) == 6.0
+    assert list(table.state) == ['finished', 'finished', *5 * ['missing']] and time_left(table, 2) == 7.5
     with lock_of(jobs_of('loss_weights', preset='quickstart', params=dict(max_steps=3))[2].folder): assert locked(folder(project, CELLS[2]))
 
 def test_ray(project):
