@@ -243,8 +243,9 @@ def evaluate(student: nn.Module, teacher: Optional[nn.Module], sets: dict[str, S
         records += _records(name, examples, texts, scores)
         of_teacher = known.get(name, states if student is teacher else None)
         metrics[name] = {**held_out(student, teacher, examples, *settings, of_teacher, states),
-            **truth_kl(student, examples, tokenizer, vocab, states), "prompts": len(examples),
-            **_greedy(scores.pop("greedy", None)), **answer_metrics(scores)}
+            **truth_kl(student, examples, tokenizer, vocab, states),
+            **_greedy(scores.pop("greedy", None)), **answer_metrics(scores),
+            "prompts": len(examples)}
         if teacher_text is not None:
             metrics[name] |= exposure(student, teacher, examples, first[name], teacher_text[name],
                 *settings)

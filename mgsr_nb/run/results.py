@@ -55,7 +55,7 @@ SCORED = {"nll": "NLL", "kl": "KL", "truth_kl": "KL from the truth", "rouge_l": 
 
 def average_of(test: dict[str, dict]) -> dict[str, float]:
     "The mean over the test sets of each score of `SCORED`, over those sets that have it."
-    found = {k: [m[k] for m in test.values() if k in m] for k in SCORED}
+    found = {k: [m[k] for m in test.values() if k in m] for k in ("rouge_l", *SCORED)}
     return {k: sum(v) / len(v) for k, v in found.items() if v}
 
 # %% ../../nbs/32_results.ipynb #f2c57d9e
