@@ -8,6 +8,7 @@ __all__ = ['END', 'PAD', 'TOKENS', 'LAB', 'POSITIONS', 'lab_tokenizer', 'true_to
 
 # %% ../nbs/08_lab.ipynb #e0d8253b
 import hashlib, re
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Optional
 import torch
@@ -44,10 +45,14 @@ def true_tokens(e: Encoded, tokenizer) -> list[dict[int, float]]:
 
     Raises ValueError if the response was cut."""
     if e.example.exact: return [{i: 1.} for i in e.response_ids]
-    def ids(piece):     # as it reads within a line, or at its beginning
-        return continuation_ids(piece, tokenizer, "x" if piece[0] in " ." else "\n")
     rules, start = OPEN[e.example.category](*e.example.about)
-    return next_tokens(rules, start, e.response_ids, ids, tokenizer.eos_token_id)
+    return next_tokens(rules, start, e.response_ids, partial(_piece_ids, tokenizer),
+        tokenizer.eos_token_id)
+
+@lru_cache(maxsize=4096)
+def _piece_ids(tokenizer, piece: str) -> list[int]:
+    "Ids of a grammar's piece as it reads within a line, or at its beginning."
+    return continuation_ids(piece, tokenizer, "x" if piece[0] in " ." else "\n")
 
 # %% ../nbs/08_lab.ipynb #6ea6f1dd
 LAB = 1         # the version of the world, its tokenizer and the starts: part of every key

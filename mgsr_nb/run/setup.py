@@ -144,8 +144,9 @@ def load_data(config: RunConfig, tokenizer) -> tuple[list[Encoded], list[Encoded
     train = encoded("training", splits.train, c.max_train_examples)
     validation = encoded("validation", splits.validation, c.eval_prompts)
     tests = {name: encoded(name, examples, c.eval_prompts) for name, examples in tests.items()}
-    silent = wordless([e.example for e in validation], c.rouge_words)
-    if c.select == "rouge_l" and 2 * silent > len(validation):
+    silent = (wordless([e.example for e in validation], c.rouge_words)
+        if c.select == "rouge_l" else 0)
+    if 2 * silent > len(validation):
         raise ConfigError(f"select: rouge_l, but {silent} of {len(validation)} validation "
             f"references have no word that rouge_words {c.rouge_words} reads; allowed: nll or kl, "
             "or rouge_words unicode")

@@ -8,15 +8,15 @@ __all__ = ['SCORES', 'DECIDES', 'AGREES', 'AGAINST', 'BETTER', 'WORSE', 'SAME', 
            'lab_effect_table', 'lab_plot']
 
 # %% ../../nbs/51_laboratory.ipynb #cb66a216
-import json, re
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 import numpy as np
 from matplotlib.figure import Figure
 from ..run.folder import runs_root
-from .records import NO_SUITES, Results, Run
+from .records import Results, Run, read_run
 from .statistics import (
     MARGINS, Metric, SeedTest, agreed, lab_verdicts, seed_test)
 from .suites import SUITES
@@ -34,13 +34,11 @@ DECIDES, AGREES, AGAINST = "exact", "greedy_exact", "truth_kl"
 
 def read_lab(runs_dir: str | Path = "runs") -> Results:
     "The finished runs of the laboratory below `runs_dir`, by suite, without the preset's name."
-    runs = []
-    for path in sorted(runs_root(runs_dir).glob("*+lab/*/seed*/metrics.json")):
-        suite, cell, seed = path.parent.parts[-3:]
-        if suite in NO_SUITES or not re.fullmatch(r"seed\d+", seed): continue
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        runs.append(Run(suite.removesuffix("+lab"), cell, int(seed[4:]), path.parent, metrics))
-    return Results(runs, SUITES)
+    folders = sorted(runs_root(runs_dir).glob("*+lab/*/seed*"))
+    found = [read_run(p) for p in folders if re.fullmatch(r"seed\d+", p.name)]
+    # what that reader misses, scores of single prompts, these runs do not keep
+    return Results([replace(r, suite=r.suite.removesuffix("+lab"), error="")
+            for r in found if r.metrics is not None], SUITES)
 
 def lab_score(run: Run, score: str, who: str = "student", where: str = "average") -> float:
     "A score of a run, in the mean over the test sets or on one of them."
