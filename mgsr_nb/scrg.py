@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from .models import head_logits
 from .divergences import forward_kl, log_probs, reverse_kl
-from .decoding import Reading, draw_tokens, generator_for, noise
+from .decoding import Reading, draw_tokens, noise, starts_of
 from .sampling import Pairs
 
 # %% ../nbs/16_scrg.ipynb #767e1dce
@@ -84,28 +84,28 @@ class Scorer:
 
     def __call__(self, pairs: Pairs, keys: Sequence[tuple],
             readings: Optional[tuple[Reading, Reading]] = None) -> Scores:
-        """`Scores` of the pairs, from their `readings`; the teacher's draws for pair b come from
-        the generator of `keys[b]`. No keys: no draws, the teacher's best tokens."""
+        """`Scores` of the pairs, from their `readings`; the teacher's draws for pair b are
+        the `noise` of `keys[b]`. No keys: no draws, the teacher's best tokens."""
         readings = readings or self.read(pairs)
         prompts = [len(x) for x, _ in pairs]
         lengths = [len(y) for _, y in pairs]
         device = readings[0].device
-        generators = [g for key, n in zip(keys, lengths)
-            for g in [generator_for(*key, device=device)] * n]
+        starts = starts_of([key for key, n in zip(keys, lengths) for _ in range(n)], device)
+        places = torch.tensor([i for n in lengths for i in range(n)], device=device)
         ids = torch.tensor([i for _, y in pairs for i in y], dtype=torch.long, device=device)
         hidden = [r.predicting(prompts, lengths) for r in readings]
         part = lambda x, a: x[a:a + self.chunk_tokens]
         with torch.no_grad():
-            found = [self._chunk(*(part(h, a) for h in hidden), part(ids, a), part(generators, a))
+            found = [self._chunk(*(part(x, a) for x in (*hidden, ids, starts, places)))
                 for a in range(0, max(len(ids), 1), self.chunk_tokens)]
         kl, teacher_ids, log_q, log_p = (torch.cat(column) for column in zip(*found))
         return Scores(kl, teacher_ids, ids, log_q, log_p, lengths)
 
-    def _chunk(self, student_hidden, teacher_hidden, ids, generators):
+    def _chunk(self, student_hidden, teacher_hidden, ids, starts, places):
         log_q = log_probs(head_logits(self.student, student_hidden, self.vocab))
         log_p = log_probs(head_logits(self.teacher, teacher_hidden, self.vocab))
-        teacher_ids = (log_p.argmax(-1) if self.greedy or not generators
-            else draw_tokens(log_p, noise(generators, self.vocab)))
+        teacher_ids = (log_p.argmax(-1) if self.greedy or not len(starts)
+            else draw_tokens(log_p, noise(starts, places, self.vocab)))
         return self.kl(log_q, log_p), teacher_ids, *(x.gather(-1, ids[:, None]).squeeze(-1)
             for x in (log_q, log_p))
 
@@ -187,7 +187,7 @@ class SCRG:
         # padding has equal ids, so it never differs
         kl, student, teacher, log_p = (scores.padded(name)
             for name in ("kl", "student_ids", "teacher_ids", "log_p"))
-        u = noise([generator_for(*key, device=kl.device) for key in keys], kl.shape[-1])
+        u = noise(starts_of(keys, kl.device), 0, kl.shape[-1])
         j = error_position(self.detect(kl, u), student, teacher)
         at = lambda t: t.gather(-1, j.clamp(min=0)[:, None]).squeeze(-1).double()
         behind = torch.tensor(scores.lengths, device=j.device) - 1 - j

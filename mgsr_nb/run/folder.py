@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LEFT_FILES', 'LEFT_FOLDERS', 'run_name', 'runs_root', 'run_folder', 'finished', 'computed_in', 'recorded_config',
-           'recorded_digests', 'differences', 'open_run']
+           'recorded_noise', 'recorded_digests', 'differences', 'open_run']
 
 # %% ../../nbs/22_folder.ipynb #d547ae37
 import os, re, shutil
 from pathlib import Path
 from typing import Optional
 from ..presets import named_parameters
-from ..config import BEFORE, ConfigError, ELSEWHERE, RunConfig
+from ..config import BEFORE, ConfigError, ELSEWHERE, NOISE, RunConfig
 from ..files import project_root, read_json, write_json
 
 # %% ../../nbs/22_folder.ipynb #fb6be7c6
@@ -59,20 +59,25 @@ def recorded_config(folder: Path) -> Optional[RunConfig]:
     record = Path(folder)/"config.json"
     if not record.is_file(): return None
     content = {**BEFORE, **read_json(record)}
-    known = {k: v for k, v in content.items() if k not in (*ELSEWHERE, "digest")}
+    known = {k: v for k, v in content.items() if k not in (*ELSEWHERE, "digest", "noise")}
     try: return RunConfig(**known)
     except ValueError: return None
 
+def recorded_noise(folder: Path) -> int:
+    "The random numbers of the run that a folder holds (`NOISE`)."
+    return read_json(Path(folder)/"config.json").get("noise", 2)
+
 def recorded_digests(folder: Path) -> list[str]:
     """The digests of the run that a folder holds, none if it holds none: of its configuration, read
-    by this version, and, if precision was `auto`, of the precision that the finished run computed
-    in."""
+    by this version, with the random numbers that it was drawn with, and, if precision was `auto`,
+    of the precision that the finished run computed in."""
     record, config = Path(folder)/"config.json", recorded_config(folder)
     if config is None:
         return [read_json(record).get("digest", "unknown")] if record.is_file() else []
     computed = computed_in(folder) if config.precision == "auto" else None
-    if computed is None: return [config.digest]
-    return [config.digest, config.model_copy(update={"precision": computed}).digest]
+    same = [config]
+    if computed is not None: same.append(config.model_copy(update={"precision": computed}))
+    return [c.digest_with(recorded_noise(folder)) for c in same]
 
 def differences(folder: Path, config: RunConfig) -> str:
     "What differs between the run that a folder holds and another configuration, in words."
@@ -80,6 +85,7 @@ def differences(folder: Path, config: RunConfig) -> str:
     if old is None: return "of another version"
     found = [f"{k} {v!r} there, {new[k]!r} here" for k, v in old.counted.items()
         if k in new and v != new[k]]
+    if recorded_noise(folder) != NOISE: found.insert(0, "drawn with other random numbers")
     return "; ".join(found[:5]) + ("; ..." if len(found) > 5 else "")
 
 # %% ../../nbs/22_folder.ipynb #71d0cf24
@@ -112,5 +118,5 @@ def _opened(folder: Path, config: RunConfig) -> Path:
         for name in LEFT_FILES: (folder/name).unlink(missing_ok=True)
         for name in LEFT_FOLDERS: shutil.rmtree(folder/name, ignore_errors=True)
     record = config.model_dump(exclude={"data_dir", "runs_dir"})
-    write_json(folder/"config.json", {"digest": config.digest, **record})
+    write_json(folder/"config.json", {"digest": config.digest, "noise": NOISE, **record})
     return folder
