@@ -78,6 +78,9 @@ METHODS = {
     # Ko et al., 2024
     "distillm": dict(_kd, sampling="off_policy", kd_loss="skew_reverse_kl"),
     "distillm_forward": dict(_kd, sampling="off_policy", kd_loss="skew_forward_kl"),
+    # Wu et al., 2025, and Wang et al., 2025: other divergences in the place of KD's
+    "adaptive_kl": dict(_kd, sampling="fixed", kd_loss="adaptive_kl"),
+    "alpha_beta": dict(_kd, sampling="fixed", kd_loss="alpha_beta"),
 }
 
 # %% ../nbs/00_presets.ipynb #11cda956

@@ -38,7 +38,9 @@ def make_objective(config: RunConfig, vocab: int) -> Objective:
     """Eq. 11 with the terms whose weight is not 0; with kd_weight and pg_weight, those of the
     baselines."""
     options = {"jsd": dict(beta=config.jsd_beta), "skew_forward_kl": dict(alpha=config.skew_alpha),
-        "skew_reverse_kl": dict(alpha=config.skew_alpha)}
+        "skew_reverse_kl": dict(alpha=config.skew_alpha),
+        "adaptive_kl": dict(head_mass=config.head_mass),
+        "alpha_beta": dict(alpha=config.ab_alpha, beta=config.ab_beta)}
     make = {"sft": lambda: NLL(), "span": lambda: Span(config.span_relation),
             "dac": lambda: DAC(DACKL(make_clip(config, vocab), config.target_class,
                     config.remainder, config.dac_classes)),

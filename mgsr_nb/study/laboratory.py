@@ -111,10 +111,11 @@ EXPECTED = {
     "divergences": Expectation("All but total variation see every class and have a gradient where "
         "the student is far off; DAC-KL as printed has less.",
         dict.fromkeys(("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl",
-            "skew_reverse_kl"), BETTER) | {"tvd": WORSE}),
+            "skew_reverse_kl", "adaptive_kl", "alpha_beta"), BETTER) | {"tvd": WORSE}),
     "baselines": Expectation("The same: a divergence over all classes teaches more. A policy "
         "gradient is noisy, and text alone says less than distributions.",
-        dict.fromkeys(("kd", "gkd", "imitkd", "distillm", "distillm_forward", "seqkd_kd"), BETTER)
+        dict.fromkeys(("kd", "gkd", "imitkd", "distillm", "distillm_forward", "seqkd_kd",
+            "adaptive_kl", "alpha_beta"), BETTER)
         | dict.fromkeys(("minillm", "sft", "seqkd"), WORSE)),
     "readings": Expectation("Limits that are compared with the mass keep what there is to learn. "
         "Compared with ranks they cut the best classes off. A bucket for the rest, or a sum of 1 "

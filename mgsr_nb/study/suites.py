@@ -112,7 +112,8 @@ dac_parts = Suite({"both": {}, "target": dict(dac_classes="target"),
 # %% ../../nbs/40_suites.ipynb #a781cd6f
 _divergences = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd", "skew_reverse_kl",
     "skew_forward_kl")
-divergences = Suite({"dac": {}, **{name: dict(_kl, kd_loss=name) for name in _divergences}}, "dac",
+divergences = Suite({"dac": {}, **{name: dict(_kl, kd_loss=name)
+        for name in (*_divergences, "adaptive_kl", "alpha_beta")}}, "dac",
     "Is DAC-KL better than the usual divergences?",
     tuple(Claim(f"DAC-KL, rather than {name}", "dac", name, "Table 3c") for name in _divergences))
 
