@@ -47,7 +47,8 @@ ONLY_WITH = {
 # what runs did before there was a parameter for it; its default may be another
 BEFORE = {"shorten": "beginning", "chat_date": "2024-07-26", "sft_learning_rate": None,
     "eval_greedy": False, "rouge_words": "english",
-    "save_prompts": True, "head_mass": 0.5, "ab_alpha": 0.2, "ab_beta": 0.7}
+    "save_prompts": True, "head_mass": 0.5, "ab_alpha": 0.2, "ab_beta": 0.7,
+    "skd_top_k": 0, "teacher_classes": "all", "teacher_k": 16}
 # which random numbers a text is drawn with: 1 and 2 were PyTorch's, 3 is notebook 14's counter
 NOISE = 3
 
@@ -148,6 +149,13 @@ def _check_powers(c):
         refuse("ab_alpha, ab_beta", f"got {c.ab_alpha:g} and {c.ab_beta:g}, by which the "
             "divergence would divide", "0 or at least 0.01, not both 0")
 
+def _check_known(c):
+    log_p = c.pg_weight > 0 or c.kd_weight > 0 and (c.kd_loss in ("reverse_kl", "symmetric_kl",
+        "adaptive_kl") or c.kd_loss == "alpha_beta" and c.ab_alpha == 0)
+    if c.teacher_classes != "all" and log_p:
+        refuse("teacher_classes", f"{c.teacher_classes} leaves classes of probability 0, whose "
+            "logarithm the reverse KL takes", "all, or a kd_loss that does not, and pg_weight 0")
+
 def _check_weights(c):
     if c.sft_weight == 0 and not c.distils:
         refuse("sft_weight, dac_weight, span_weight, kd_weight, pg_weight",
@@ -160,12 +168,14 @@ def _check_scrg(c):
             "scrg False, or sampling on_policy or mixed")
 
 def _check_policy(c):
-    if c.pg_weight > 0 and (c.sampling != "on_policy" or c.scrg):
+    if c.pg_weight > 0 and (c.sampling != "on_policy" or c.scrg or c.skd_top_k):
         refuse("pg_weight", "a policy gradient needs the policy's own samples, and here sampling "
-            f"is {c.sampling} and scrg {c.scrg}", "sampling on_policy with scrg False")
-    if c.teacher_mix > 0 and c.sampling == "fixed":
-        refuse("teacher_mix", "mixes the teacher into the student's samples, and sampling=fixed "
-            "has none", "0, or another sampling")
+            f"is {c.sampling}, scrg {c.scrg} and skd_top_k {c.skd_top_k}",
+            "sampling on_policy with scrg False and skd_top_k 0")
+    for name in ("teacher_mix", "skd_top_k"):
+        if getattr(c, name) > 0 and c.sampling == "fixed":
+            refuse(name, "lets the teacher help with the student's samples, and sampling=fixed "
+                "has none", "0, or another sampling")
 
 # %% ../nbs/02_config.ipynb #4ba58223
 def _check_lengths(c):
@@ -235,9 +245,9 @@ def _check_data_dir(c):
         refuse("data_dir", f"nothing would be read from it: data {c.data} and its sets come with "
             "the library", "empty, or data dolly, or other eval_sets")
 
-CHECKS = (_check_limits, _check_classes, _check_powers, _check_scrg, _check_policy, _check_select,
-    _check_weights, _check_lengths, _check_batch, _check_lists, _check_temperature, _check_run_name,
-    _check_texts, _check_long_name, _check_chat_date, _check_data_dir)
+CHECKS = (_check_limits, _check_classes, _check_powers, _check_known, _check_scrg, _check_policy,
+    _check_select, _check_weights, _check_lengths, _check_batch, _check_lists, _check_temperature,
+    _check_run_name, _check_texts, _check_long_name, _check_chat_date, _check_data_dir)
 
 # %% ../nbs/02_config.ipynb #f1ad284c
 def _in_words(error: dict) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOGIT_FLOOR', 'DIVERGENCES', 'at_least_float32', 'log_probs', 'below_top', 'divergence', 'forward_kl', 'reverse_kl',
            'symmetric_kl', 'log_mixture', 'jsd', 'tvd', 'skew_forward_kl', 'skew_reverse_kl', 'in_head', 'adaptive_kl',
-           'alpha_beta', 'masked_mean']
+           'alpha_beta', 'top_classes', 'sampled_classes', 'masked_mean']
 
 # %% ../nbs/10_divergences.ipynb #3c427432
 import functools, inspect, math
@@ -150,6 +150,20 @@ def alpha_beta(log_q: Tensor, log_p: Tensor, alpha: float = 0.2, beta: float = 0
     c = beta + (alpha - beta) * (log_q > log_p).to(t.dtype)
     larger = (s * torch.maximum(log_p, log_q)).exp()
     return (larger * (c / s * torch.expm1(-s * t) - torch.expm1(-c * t))).sum(-1) / (alpha * beta)
+
+# %% ../nbs/10_divergences.ipynb #290b5908
+def top_classes(log_p: Tensor, u: Tensor) -> Tensor:
+    "Logits (..., V) of the k likeliest classes, -inf elsewhere; of `u` (..., k) only the size."
+    last = log_p.topk(min(u.shape[-1], log_p.shape[-1]), -1).values[..., -1:]
+    return log_p.masked_fill(log_p < last, -torch.inf)
+
+def sampled_classes(log_p: Tensor, u: Tensor) -> Tensor:
+    """Log of the shares (..., V) of the classes among k draws from p, -inf for a class that was not
+    drawn; `u` (..., k) are uniform numbers (Anshumann et al., 2025)."""
+    edges = log_p.double().exp().cumsum(-1)
+    drawn = torch.searchsorted(edges, u.double().clamp(max=1 - 1e-9) * edges[..., -1:], right=True)
+    counts = torch.zeros_like(log_p).scatter_add_(-1, drawn, torch.ones_like(u, dtype=log_p.dtype))
+    return (counts / u.shape[-1]).log()
 
 # %% ../nbs/10_divergences.ipynb #d0ff742d
 def masked_mean(values: Tensor,   # one number per position, any shape

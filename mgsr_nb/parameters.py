@@ -105,6 +105,10 @@ class LossParameters(DataParameters):
     ab_alpha: float = number(0.2, "power of the teacher in the alpha-beta divergence", ge=0, le=2)
     ab_beta: float = number(0.7, "power of the student in the alpha-beta divergence; (1, 0) is the "
         "forward, (0, 1) the reverse KL", ge=0, le=2)
+    teacher_classes: Literal["all", "top", "sampled"] = choice("all", "which of the teacher's "
+        "probabilities the terms know: all, the teacher_k largest, or so many draws from them, as "
+        "a cache would hold them")
+    teacher_k: int = number(16, "classes or draws, for teacher_classes top and sampled", ge=1)
     pg_weight: float = number(0.0, "weight of MiniLLM's policy gradient on the student's samples",
         ge=0)
     pg_clip: float = number(0.2,
@@ -166,6 +170,8 @@ class TextParameters(SpanParameters):
     teacher_mix: float = number(0.0,
         "share of the teacher in the distribution that student text is drawn from (MiniLLM)", ge=0,
         lt=1)
+    skd_top_k: int = number(0, "the teacher replaces every token that the student draws outside "
+        "its so many best (SKD); 0: none", ge=0)
     max_new_tokens: int = number(48, "longest sampled response, in training and evaluation", ge=1)
 
 # %% ../nbs/01_parameters.ipynb #3852a7a7

@@ -108,6 +108,7 @@ def test_pitfall_42_any_unknown_name_is_refused(name, value):
     (dict(ab_alpha=0.0, ab_beta=0.0), "ab_alpha"), (dict(ab_beta=0.005), "ab_alpha"), (dict(pg_weight=1.0), "pg_weight"), (dict(pg_weight=0.1, scrg=False, sampling="fixed"), "pg_weight"), (dict(pg_weight=0.1, scrg=False, sampling="mixed"), "pg_weight"),
     (dict(pg_weight=0.1, scrg=False, sampling="off_policy"), "pg_weight"), (dict(pg_weight=0.1, scrg=True, sampling="mixed"), "pg_weight"), (dict(method="minillm", scrg=True), "pg_weight"),
     (dict(teacher_mix=0.2, scrg=False, sampling="fixed"), "teacher_mix"), (dict(method="minillm", sampling="off_policy"), "pg_weight"),
+    (dict(skd_top_k=5, scrg=False, sampling="fixed"), "skd_top_k"), (dict(method="minillm", skd_top_k=5), "pg_weight"),
     (dict(select="nll", eval_every=0), "select"), (dict(select="kl", eval_every=0), "select"), (dict(select="rouge_l", eval_every=0), "select"),
     (dict(preset="gpt2-dolly", eval_every=0), "select"), (dict(sampling="off_policy", buffer_size=3), "buffer_size")])
 def test_parameters_that_do_not_fit_together_are_refused(params, name):

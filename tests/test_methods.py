@@ -11,7 +11,7 @@ from mgsr_nb.run.trainer import Trainer
 from tiny_runs import save_pair, tiny_parameters
 
 OFF_POLICY = [name for name, p in METHODS.items() if p.get("sampling") == "off_policy"]
-DEFINING = {"dac_weight", "span_weight", "kd_weight", "kd_loss", "jsd_beta", "pg_weight", "teacher_mix", "scrg", "sampling", "responses"}
+DEFINING = {"dac_weight", "span_weight", "kd_weight", "kd_loss", "jsd_beta", "pg_weight", "teacher_mix", "skd_top_k", "teacher_classes", "scrg", "sampling", "responses"}
 
 
 @pytest.fixture(scope="module")

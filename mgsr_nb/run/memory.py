@@ -198,7 +198,7 @@ def writing(c: RunConfig, s: Sizes) -> list[Item]:
     along."""
     if not c.distils or c.sampling == "fixed": return []
     models = {"student": s.student}
-    if c.scrg or c.pg_weight > 0 or c.teacher_mix > 0: models["teacher"] = s.teacher
+    if c.scrg or c.pg_weight > 0 or c.teacher_mix > 0 or c.skd_top_k: models["teacher"] = s.teacher
     return texts("writing", c, s, models, c.batch_size)
 
 def evaluation(c: RunConfig, s: Sizes) -> list[Item]:

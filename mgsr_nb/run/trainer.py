@@ -20,7 +20,7 @@ from ..decoding import generator_for
 from ..sampling import Pairs
 from ..scrg import SCRG, Scorer
 from ..minillm import make_policy
-from .parts import make_detector, make_objective, make_source
+from .parts import make_detector, make_known, make_objective, make_source
 from .step import (
     Distilled, Distiller, make_optimizer, means_of, micro_batches, schedule_factor)
 from .engine import Clock, check_finite, make_accelerator, precision_of, tracking
@@ -34,7 +34,8 @@ class Writer:
     def __init__(self, setup: Setup, accelerator, clock: Clock):
         c = setup.config
         self.setup, self.config, self.accelerator = setup, c, accelerator
-        inner = setup.sampler(setup.student, c.teacher_mix)
+        self.replaced = []
+        inner = setup.sampler(setup.student, (c.teacher_mix, c.skd_top_k, self.replaced))
         def sample(*args):
             with clock.part("generation"): return inner(*args)
         self.source = make_source(c, sample)
@@ -53,16 +54,25 @@ class Writer:
         order = self.setup.order(step)
         examples = [self.setup.train[order[row]] for row in rows]
         if not c.distils: return examples, None, {}
+        self.replaced.clear()
         pairs, origin = self.source(step, examples, rows)
         notes = {"by_student": float(origin != "data"), "new_text": float(origin == "student")}
         if origin == "data": return examples, "data", notes
         if origin != "student": return examples, Distilled(pairs), notes
+        notes |= self._vetoes(pairs)
         text, noted = self.look_at(step, pairs, rows)
         if c.sampling == "off_policy":
             everyone = sorted(zip(gather_object(rows), gather_object(text.pairs)))
             # in the order of the batch, whoever wrote what
             self.source.remember([pair for _, pair in everyone])
         return examples, text, notes | noted
+
+    def _vetoes(self, pairs: Pairs) -> dict:
+        "Share of the tokens that the teacher replaced (SKD), of all processes."
+        if not self.config.skd_top_k: return {}
+        mine = sum(int(r.sum()) for r in self.replaced), sum(len(y) for _, y in pairs)
+        replaced, tokens = map(sum, zip(*gather_object([mine])))
+        return {"skd_replaced": replaced / max(tokens, 1)}
 
     def look_at(self, step: int, pairs: Pairs, rows: Sequence[int]) -> tuple[Distilled, dict]:
         """What happens to new student text: SCRG revises it, a policy gradient notes who would have
@@ -106,7 +116,7 @@ class Trainer:
         self.find_spans = self._span_finder() if c.span_weight > 0 else lambda ids: []
         objective = make_objective(c, setup.vocab).to(a.device)
         distiller = Distiller(setup.student, objective, setup.teacher, setup.vocab,
-            c.compile_student).train()
+            c.compile_student, make_known(c)).train()
         optimizer = make_optimizer(distiller, c.learning_rate, c.sub_learning_rate, c.weight_decay)
         self.distiller, self.optimizer = a.prepare(distiller, optimizer)
         # not prepared: accelerate would advance it once per process, and its length is in optimiser
