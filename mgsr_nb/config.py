@@ -46,9 +46,9 @@ ONLY_WITH = {
     "buffer_size": ("sampling", "off_policy"), "chat_date": ("template", "chat")}
 # what runs did before there was a parameter for it; its default may be another
 BEFORE = {"shorten": "beginning", "chat_date": "2024-07-26", "sft_learning_rate": None,
-    "eval_greedy": False, "rouge_words": "english",
-    "save_prompts": True, "head_mass": 0.5, "ab_alpha": 0.2, "ab_beta": 0.7,
-    "skd_top_k": 0, "teacher_classes": "all", "teacher_k": 16}
+    "eval_greedy": False, "rouge_words": "english", "save_prompts": True, "head_mass": 0.5,
+    "ab_alpha": 0.2, "ab_beta": 0.7, "skd_top_k": 0, "teacher_classes": "all", "teacher_k": 16,
+    "data_kd_weight": 0.0, "data_kd_loss": "skew_forward_kl", "reward_weight": 0.0}
 # which random numbers a text is drawn with: 1 and 2 were PyTorch's, 3 is notebook 14's counter
 NOISE = 3
 
@@ -107,8 +107,13 @@ class RunConfig(EvaluationParameters):
 
     @property
     def distils(self) -> bool:
-        "Whether any term needs the teacher; without one, neither it nor sampled text is computed."
-        return any((self.dac_weight, self.span_weight, self.kd_weight, self.pg_weight))
+        "Whether a term reads the text to distil on; without one, none is written."
+        return any(getattr(self, f"{n}_weight") for n in ("dac", "span", "kd", "pg", "reward"))
+
+    @property
+    def reads_data(self) -> bool:
+        "Whether a term reads the text of the training data, whatever the others read."
+        return self.sft_weight > 0 or self.data_kd_weight > 0
 
     @property
     def counted(self) -> dict[str, Any]:
@@ -150,32 +155,34 @@ def _check_powers(c):
             "divergence would divide", "0 or at least 0.01, not both 0")
 
 def _check_known(c):
-    log_p = c.pg_weight > 0 or c.kd_weight > 0 and (c.kd_loss in ("reverse_kl", "symmetric_kl",
-        "adaptive_kl") or c.kd_loss == "alpha_beta" and c.ab_alpha == 0)
-    if c.teacher_classes != "all" and log_p:
+    losses = [n for n, w in ((c.kd_loss, c.kd_weight), (c.data_kd_loss, c.data_kd_weight)) if w]
+    logs = c.pg_weight or c.reward_weight or any(n in ("reverse_kl", "symmetric_kl", "adaptive_kl")
+        or n == "alpha_beta" and c.ab_alpha == 0 for n in losses)
+    if c.teacher_classes != "all" and logs:
         refuse("teacher_classes", f"{c.teacher_classes} leaves classes of probability 0, whose "
-            "logarithm the reverse KL takes", "all, or a kd_loss that does not, and pg_weight 0")
+            "logarithm a loss takes here", "all, or a kd_loss without the reverse KL and no reward")
 
 def _check_weights(c):
-    if c.sft_weight == 0 and not c.distils:
+    if not c.reads_data and not c.distils:
         refuse("sft_weight, dac_weight, span_weight, kd_weight, pg_weight",
             "all are 0, nothing would be trained", "at least one above 0")
 
 # %% ../nbs/02_config.ipynb #c475d9ac
-def _check_scrg(c):
-    if c.scrg and c.sampling == "fixed":
-        refuse("scrg", "revises the student's own samples, and sampling=fixed has none",
-            "scrg False, or sampling on_policy or mixed")
+def _check_samples(c):
+    help = "lets the teacher help with"
+    for name, does in (("scrg", "revises"), ("teacher_mix", help), ("skd_top_k", help)):
+        if getattr(c, name) and c.sampling == "fixed":
+            refuse(name, f"{does} the student's own samples, and sampling=fixed has none",
+                f"{name} {type(getattr(c, name))()}, or another sampling")
 
 def _check_policy(c):
-    if c.pg_weight > 0 and (c.sampling != "on_policy" or c.scrg or c.skd_top_k):
-        refuse("pg_weight", "a policy gradient needs the policy's own samples, and here sampling "
-            f"is {c.sampling}, scrg {c.scrg} and skd_top_k {c.skd_top_k}",
-            "sampling on_policy with scrg False and skd_top_k 0")
-    for name in ("teacher_mix", "skd_top_k"):
-        if getattr(c, name) > 0 and c.sampling == "fixed":
-            refuse(name, "lets the teacher help with the student's samples, and sampling=fixed "
-                "has none", "0, or another sampling")
+    foreign = c.sampling != "on_policy" or c.scrg or c.skd_top_k > 0
+    for name, helped in (("pg_weight", False), ("reward_weight", c.teacher_mix > 0)):
+        if getattr(c, name) > 0 and (foreign or helped):
+            refuse(name, "a policy gradient needs the policy's own samples, and here sampling is "
+                f"{c.sampling}, scrg {c.scrg}, skd_top_k {c.skd_top_k}, teacher_mix "
+                f"{c.teacher_mix:g}", "sampling on_policy, scrg False, skd_top_k 0 and, for "
+                "reward_weight, teacher_mix 0")
 
 # %% ../nbs/02_config.ipynb #4ba58223
 def _check_lengths(c):
@@ -200,9 +207,8 @@ def _check_select(c):
 
 def _check_temperature(c):
     if 0 < c.eval_temperature < 0.01:
-        refuse("eval_temperature",
-            f"got {c.eval_temperature:g}, by which logits cannot be divided safely",
-            "0 (the likeliest token), or at least 0.01")
+        refuse("eval_temperature", f"got {c.eval_temperature:g}, by which logits cannot be "
+            "divided safely", "0 (the likeliest token), or at least 0.01")
 
 # %% ../nbs/02_config.ipynb #b8080982
 def _check_lists(c):
@@ -218,6 +224,9 @@ def _check_run_name(c):
     if c.run_name and not re.fullmatch(r"\w[\w=.,+-]*(/\w[\w=.,+-]*)*", c.run_name):
         refuse("run_name", f"got {c.run_name!r}", "letters, digits and _=.,+- with / between "
             "folders, each beginning with a letter or digit")
+    if len(c.run_name) > 500 or any(len(os.fsencode(part)) > 200 for part in c.run_name.split("/")):
+        refuse("run_name", f"{len(c.run_name)} characters",
+            "folders of at most 200 bytes, 500 characters in all")
 
 def _check_texts(c):
     for name in ("teacher", "student", "runs_dir"):
@@ -226,11 +235,6 @@ def _check_texts(c):
         if re.search("[\0\ud800-\udfff]", getattr(c, name)):
             refuse(name, f"got {getattr(c, name)!r}",
                 "text without the character 0 and halves of characters")
-
-def _check_long_name(c):
-    if len(c.run_name) > 500 or any(len(os.fsencode(part)) > 200 for part in c.run_name.split("/")):
-        refuse("run_name", f"{len(c.run_name)} characters",
-            "folders of at most 200 bytes, 500 characters in all")
 
 def _check_chat_date(c):
     try: date.fromisoformat(c.chat_date)
@@ -245,9 +249,9 @@ def _check_data_dir(c):
         refuse("data_dir", f"nothing would be read from it: data {c.data} and its sets come with "
             "the library", "empty, or data dolly, or other eval_sets")
 
-CHECKS = (_check_limits, _check_classes, _check_powers, _check_known, _check_scrg, _check_policy,
+CHECKS = (_check_limits, _check_classes, _check_powers, _check_known, _check_samples, _check_policy,
     _check_select, _check_weights, _check_lengths, _check_batch, _check_lists, _check_temperature,
-    _check_run_name, _check_texts, _check_long_name, _check_chat_date, _check_data_dir)
+    _check_run_name, _check_texts, _check_chat_date, _check_data_dir)
 
 # %% ../nbs/02_config.ipynb #f1ad284c
 def _in_words(error: dict) -> str:

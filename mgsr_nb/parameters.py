@@ -97,6 +97,10 @@ class LossParameters(DataParameters):
     kd_weight: float = number(0.0, "weight of a plain divergence over all classes, for baselines",
         ge=0)
     kd_loss: Literal[DIVERGENCE_NAMES] = choice("forward_kl", "which divergence kd_weight weighs")
+    data_kd_weight: float = number(0.0, "weight of a divergence on the text of the training data, "
+        "beside what the others see (DistiLLM-2)", ge=0)
+    data_kd_loss: Literal[DIVERGENCE_NAMES] = choice("skew_forward_kl",
+        "which divergence data_kd_weight weighs")
     skew_alpha: float = number(0.1, "mixture weight of the skew divergences", gt=0, lt=1)
     jsd_beta: float = number(0.5, "weight of the teacher in the mixture of the generalised JSD",
         gt=0, lt=1)
@@ -117,6 +121,8 @@ class LossParameters(DataParameters):
         "policy gradient: compute the part of the next token's own divergence exactly")
     pg_length_norm: bool = choice(True,
         "policy gradient: divide what follows a token by its number of tokens")
+    reward_weight: float = number(0.0, "weight of the reverse KL as each token's reward, from the "
+        "token that the student wrote (kd_loss reverse_kl computes it exactly)", ge=0)
 
 # %% ../nbs/01_parameters.ipynb #ee2c16ed
 class ClipParameters(LossParameters):

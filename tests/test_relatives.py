@@ -5,8 +5,9 @@ from torch import nn
 from tiny_models import EOS, KINDS, PAD, tiny_model
 from mgsr_nb.config import ConfigError, resolve
 from mgsr_nb.tokens import collate
-from mgsr_nb.divergences import forward_kl, log_probs, sampled_classes, top_classes
-from mgsr_nb.objective import Divergence, Objective, Text
+from mgsr_nb.divergences import DIVERGENCES, forward_kl, log_probs, reverse_kl, sampled_classes, top_classes
+from mgsr_nb.objective import Divergence, Objective, Text, whole_rows
+from mgsr_nb.minillm import SampledReverseKL
 from mgsr_nb.sampling import Known, context_keys
 from mgsr_nb.decoding import generate, noise, starts_of, within_top
 from mgsr_nb.run.setup import prepare
@@ -87,7 +88,7 @@ def test_within_top_by_hand():
 
 # --- whole updates
 
-RELATIVES = ("adaptive_kl", "alpha_beta", "skd", "kd_top_k", "kd_sampled")
+RELATIVES = ("adaptive_kl", "alpha_beta", "skd", "kd_top_k", "kd_sampled", "distillm2", "dense_reward", "sampled_reward")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch): monkeypatch.setenv("MGSR_CACHE", str(tmp_path_factory.getbasetemp()/"relatives_cache"))
@@ -234,8 +235,109 @@ def test_what_was_gained_by_scrg_is_not_claimed_without_the_teachers_probabiliti
         row = made(tmp_path, pairs["gpt2"], "mgsr", teacher_classes=classes, teacher_k=4).step()
         assert "scrg_gain" not in row and "scrg_corrected" in row and math.isfinite(row["dac"]) and math.isfinite(row["span"])
 
-@pytest.mark.parametrize("params", [dict(method="kd", kd_loss="reverse_kl"), dict(method="adaptive_kl"), dict(method="minillm"), dict(method="alpha_beta", ab_alpha=0.)])
+@pytest.mark.parametrize("params", [dict(method="kd", kd_loss="reverse_kl"), dict(method="adaptive_kl"), dict(method="minillm"), dict(method="alpha_beta", ab_alpha=0.), dict(method="sampled_reward"), dict(method="dense_reward"), dict(data_kd_weight=1., data_kd_loss="symmetric_kl")])
 def test_losses_that_take_the_logarithm_of_unknown_classes_are_refused(params):
     for classes in FEW:
         with pytest.raises(ConfigError, match="^teacher_classes: "): resolve(params, teacher_classes=classes)
     resolve(params)
+
+# --- a reward for each token
+
+def logits(n=9, v=6, seed=4):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(n, v, generator=g, dtype=torch.float64) for _ in "qp")
+
+@pytest.mark.pitfall(3)
+def test_the_expected_value_and_gradient_of_the_sampled_reward_are_those_of_the_reverse_kl():
+    "Every token that could have been written, weighed with its probability, in float64; the reference is in probability space."
+    z, p = logits()
+    z.requires_grad_()
+    q = z.softmax(-1).detach()
+    values = torch.stack([SampledReverseKL()(whole_rows(log_probs(z), log_probs(p), torch.full((9,), y)))[0] for y in range(6)], -1)
+    gradient, = torch.autograd.grad((values * q).sum(), z)
+    again = z.detach().clone().requires_grad_()
+    naive = (again.softmax(-1) * (again.softmax(-1) / p.softmax(-1)).log()).sum(-1)
+    torch.testing.assert_close((values * q).sum(-1).detach(), naive.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(naive.sum(), again)[0], rtol=1e-12, atol=1e-12)
+
+@pytest.mark.pitfall(3)
+def test_the_noted_variance_is_that_of_the_values():
+    z, p = logits()
+    terms = [SampledReverseKL()(whole_rows(log_probs(z), log_probs(p), torch.full((9,), y))) for y in range(6)]
+    values, q = torch.stack([v for v, _ in terms], -1), z.softmax(-1)
+    mean = (q * values).sum(-1)
+    for notes in (n for _, n in terms):
+        torch.testing.assert_close(notes["reward_reverse_kl"], mean); torch.testing.assert_close(notes["reward_variance"], (q * (values - mean[:, None]) ** 2).sum(-1))
+
+@pytest.mark.pitfall(4)
+@pytest.mark.pitfall(11)
+def test_a_student_that_equals_its_teacher_gets_no_reward_and_the_teacher_never_a_gradient():
+    z, p = (x.requires_grad_() for x in logits())
+    same, _ = SampledReverseKL()(whole_rows(log_probs(z), log_probs(z.detach()), torch.arange(9) % 6))
+    assert not same.any() and not torch.autograd.grad(same.sum(), z)[0].any()
+    value, _ = SampledReverseKL()(whole_rows(log_probs(z), log_probs(p), torch.arange(9) % 6))
+    value.sum().backward()
+    assert p.grad is None and (z.grad.abs().sum(-1) > 1e-4).all()
+
+@pytest.mark.pitfall(8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_logits_give_a_finite_reward(dtype):
+    z = torch.tensor([[500., -500., 0.], [-500., 500., 0.], [-torch.inf, 2., 1.], [0., 0., 0.]]).to(dtype).requires_grad_()
+    value, notes = SampledReverseKL()(whole_rows(log_probs(z), log_probs(z.detach().flip(0)), torch.tensor([0, 0, 2, 1])))
+    value.sum().backward()
+    assert value.isfinite().all() and z.grad.isfinite().all() and all(n.isfinite().all() for n in notes.values())
+
+@pytest.mark.pitfall(16)
+@pytest.mark.pitfall(18)
+def test_the_reward_in_chunks_and_of_its_own_label_only():
+    two = Two()
+    loss, gradient, _ = two.run(SampledReverseKL(), None)
+    costs = (log_probs(two.q) - log_probs(two.p)).gather(-1, two.labels[:, None])[:, 0]
+    assert loss.item() == pytest.approx(costs.mean().item(), rel=1e-12)
+    for chunk in (1, 4, 11, 12):
+        for a, b in zip(two.run(SampledReverseKL(), None, chunk)[:2], (loss, gradient)): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    two.q[5] += torch.arange(9.)
+    assert (two.run(SampledReverseKL(), None)[1] - gradient).abs().sum(-1).nonzero().flatten().tolist() == [5]
+
+def test_the_reward_is_a_mean_over_the_tokens_that_the_student_wrote(pairs, tmp_path):
+    trainer = made(tmp_path, pairs["llama"], "sampled_reward", max_new_tokens=8)
+    row = trainer.step()
+    assert row["reward_reverse_kl"] > 0 and row["reward_variance"] > 0 and row["reward"] != pytest.approx(row["reward_reverse_kl"], rel=1e-3)
+    exact = made(tmp_path, pairs["llama"], "dense_reward", max_new_tokens=8).step()
+    assert exact["kd"] == pytest.approx(row["reward_reverse_kl"], rel=1e-5)        # the same text, over the vocabulary
+
+@pytest.mark.parametrize("params", [dict(sampling="mixed"), dict(scrg=True), dict(skd_top_k=5), dict(teacher_mix=0.2), dict(sampling="fixed")])
+def test_a_reward_on_text_of_others_is_refused(params):
+    with pytest.raises(ConfigError, match="reward_weight: "): resolve(params, method="sampled_reward")
+
+# --- one divergence on the teacher's text, another on the student's
+
+def test_each_divergence_is_computed_on_its_own_text(pairs, tmp_path):
+    "DistiLLM-2 by hand: two batches through both models, no objective, in the definition of the two skew divergences."
+    trainer = made(tmp_path, pairs["llama"], "distillm2", max_new_tokens=6)
+    trainer.distiller.eval()
+    setup, c = trainer.setup, trainer.config
+    examples, text, _ = trainer.writer.draw(0)
+    def mean(pairs, loss):
+        found = []
+        for x, y in pairs:
+            ids = torch.tensor([x + y])
+            with torch.no_grad(): q, p = (m(input_ids=ids).logits[0, len(x) - 1:-1, :setup.vocab].double().softmax(-1) for m in (setup.student, setup.teacher))
+            found += loss(q, p).tolist()
+        return sum(found) / len(found)
+    KL = lambda a, b: (a * (a / b).log()).sum(-1)
+    of_teacher = mean([(e.prompt_ids, e.response_ids) for e in examples], lambda q, p: KL(p, .1 * p + .9 * q))
+    of_student = mean(text.pairs, lambda q, p: KL(q, .9 * p + .1 * q))
+    row = trainer.update(examples, text)
+    assert row["data_kd"] == pytest.approx(of_teacher, rel=1e-4) and row["kd"] == pytest.approx(of_student, rel=1e-4)
+    assert row["loss"] == pytest.approx(row["sft"] + (row["data_kd"] + row["kd"]) / 2, rel=1e-5)
+    written = {tuple(y) for _, y in text.pairs}
+    assert not written & {tuple(e.response_ids) for e in examples}
+
+def test_a_divergence_on_the_data_alone_writes_no_text_and_equals_kd_on_fixed_text(pairs, tmp_path, monkeypatch):
+    alone = dict(method="sft", data_kd_weight=1., data_kd_loss="forward_kl")
+    assert not resolve(alone).distils and resolve(alone).reads_data
+    rows = [made(tmp_path, pairs["opt"], *m).step() if isinstance(m, tuple) else made(tmp_path, pairs["opt"], **m).step() for m in (alone, ("kd",))]
+    assert rows[0]["data_kd"] == pytest.approx(rows[1]["kd"], rel=1e-6) and rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-5)
+    only = resolve(alone, sft_weight=0.)
+    assert only.reads_data and not resolve(sft_weight=0.).reads_data

@@ -15,7 +15,7 @@ from ..objective import DAC, Divergence, NLL, Objective, Span
 from ..divergences import sampled_classes, top_classes
 from ..sampling import Fixed, Known, Mixed, OffPolicy, OnPolicy
 from ..scrg import AnyDifference, FirstAbove, MaxKL
-from ..minillm import PolicyGradient
+from ..minillm import PolicyGradient, SampledReverseKL
 
 # %% ../../nbs/24_parts.ipynb #e2da2821
 def make_clip(config: RunConfig, vocab: int) -> nn.Module:
@@ -36,17 +36,20 @@ def make_clip(config: RunConfig, vocab: int) -> nn.Module:
     return TopFraction(config.clip_fraction) if config.clip == "top_fraction" else NoClip()
 
 def make_objective(config: RunConfig, vocab: int) -> Objective:
-    """Eq. 11 with the terms whose weight is not 0; with kd_weight and pg_weight, those of the
-    baselines."""
+    """Eq. 11 with the terms whose weight is not 0; those of kd_weight, pg_weight, reward_weight and
+    data_kd_weight are the baselines'."""
     options = {"jsd": dict(beta=config.jsd_beta), "skew_forward_kl": dict(alpha=config.skew_alpha),
         "skew_reverse_kl": dict(alpha=config.skew_alpha),
         "adaptive_kl": dict(head_mass=config.head_mass),
         "alpha_beta": dict(alpha=config.ab_alpha, beta=config.ab_beta)}
+    divergence = lambda name, text: Divergence(name, text, **options.get(name, {}))
     make = {"sft": lambda: NLL(), "span": lambda: Span(config.span_relation),
             "dac": lambda: DAC(DACKL(make_clip(config, vocab), config.target_class,
                     config.remainder, config.dac_classes)),
-            "kd": lambda: Divergence(config.kd_loss, **options.get(config.kd_loss, {})),
-            "pg": lambda: PolicyGradient(config.pg_clip, config.pg_single_step)}
+            "kd": lambda: divergence(config.kd_loss, "distilled"),
+            "pg": lambda: PolicyGradient(config.pg_clip, config.pg_single_step),
+            "reward": lambda: SampledReverseKL(),
+            "data_kd": lambda: divergence(config.data_kd_loss, "data")}
     weights = {name: w for name in make if (w := getattr(config, f"{name}_weight")) > 0}
     torch.manual_seed(config.seed)  # f_sub's hidden layers
     return Objective({name: make[name]() for name in weights}, weights, config.chunk_tokens)

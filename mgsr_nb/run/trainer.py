@@ -162,7 +162,7 @@ class Trainer:
         size = c.micro_batch_size or share
         return micro_batches(examples, distilled, self.find_spans,
             self.setup.tokenizer.pad_token_id, size, math.ceil(share / size), a.device,
-            c.sft_weight > 0)
+            c.reads_data)
 
     def _read(self, total: dict[str, Tensor], counts: dict[str, Tensor], norm) -> dict:
         "Numbers from tensors; the only place of a step that waits for the device."
