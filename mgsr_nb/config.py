@@ -46,10 +46,8 @@ ONLY_WITH = {
     "buffer_size": ("sampling", "off_policy"), "chat_date": ("template", "chat")}
 # what runs did before there was a parameter for it; its default may be another
 BEFORE = {"shorten": "beginning", "chat_date": "2024-07-26", "sft_learning_rate": None,
-    "eval_greedy": False, "rouge_words": "english",
-    "save_prompts": True}
-# which random numbers a text is drawn with: 1 and 2 were PyTorch's, 3 is notebook 14's counter
-NOISE = 3
+    "eval_greedy": False, "rouge_words": "english", "save_prompts": True}
+NOISE = 3       # the random numbers of a text: 1 and 2 were PyTorch's, 3 is notebook 14's counter
 
 # %% ../nbs/02_config.ipynb #d70fc26d
 class RunConfig(EvaluationParameters):
@@ -119,14 +117,10 @@ class RunConfig(EvaluationParameters):
         return {name: value for name, value in self.model_dump().items() if counts(name)}
 
     @property
-    def digest(self) -> str:
-        "Short hash of what is `counted`: two configurations with one digest are the same run."
-        return self.digest_with(NOISE)
+    def digest(self) -> str: return self.digest_with(NOISE)
 
     def digest_with(self, noise: int) -> str:
-        """The digest of a run whose texts were drawn with `noise`.
-
-        What a parameter means `BEFORE` it was one is left out: so old runs keep their digests."""
+        "Short hash of what is `counted`, save what was so `BEFORE` it could be said, and `noise`."
         said = {k: v for k, v in self.counted.items() if k not in BEFORE or v != BEFORE[k]}
         if noise > 2: said["noise"] = noise
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
@@ -299,8 +293,8 @@ def resolve(params: dict[str, Any] = {}, **more) -> RunConfig:
         raise ConfigError("\n".join(map(_in_words, e.errors()))) from None
 
 # %% ../nbs/02_config.ipynb #aaf26977
-def parameter_table() -> str:
-    "All parameters as a Markdown table: name, meaning, default, allowed."
+def parameter_table(names: Iterable[str] = RunConfig.model_fields) -> str:
+    "Parameters as a Markdown table: name, meaning, default, allowed."
     rows = [f"| `{name}` | {f.description} | `{f.default!r}` | {allowed_values(name)} |"
-        for name, f in RunConfig.model_fields.items()]
+        for name in names for f in [RunConfig.model_fields[name]]]
     return "\n".join(["| parameter | meaning | default | allowed |", "|---|---|---|---|", *rows])

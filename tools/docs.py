@@ -8,10 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KATEX = ROOT/'tools'/'katex'
-GROUPS = {'Start here': ['index', 'explorer'],
+GROUPS = {'Start here': ['index', 'report', 'explorer'],
           'The method': [], 'A run': [], 'A study': [],           # the numbered notebooks, see `part`
-          'Run it': ['train', 'report', 'troubleshooting'],
-          'Look it up': ['equations', 'api']}
+          'Run it': ['usage', 'train', 'troubleshooting'],
+          'Look it up': ['details', 'equations', 'api']}
 NUMBERED = re.compile(r'(\d\d)_')
 # options of _quarto.yml and of nbdev that smalldocs leaves alone; output-file is read by us
 QUARTO_ONLY = re.compile(r'key format-links|format commonmark|keep-md|output-file')

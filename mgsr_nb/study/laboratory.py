@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'DECIDES', 'AGREES', 'AGAINST', 'BETTER', 'WORSE', 'SAME', 'EXPECTED', 'read_lab', 'lab_score',
-           'better_by_seed', 'Effect', 'lab_effects', 'against_reference', 'of_claims', 'Expectation', 'lab_table',
-           'lab_effect_table', 'lab_plot']
+           'better_by_seed', 'Effect', 'tests_of', 'verdicts_of', 'lab_effects', 'against_reference', 'of_claims',
+           'comparisons', 'Expectation', 'lab_table', 'lab_effect_table', 'lab_plot']
 
 # %% ../../nbs/49_laboratory.ipynb #cb66a216
 import re
@@ -58,21 +58,37 @@ def better_by_seed(results: Results, suite: str, better: str, worse: str, score:
 
 @dataclass(frozen=True)
 class Effect:
-    "A comparison of two cells: the `tests` of each score over the seeds, and the verdict."
+    """A comparison of two cells: of each score the difference `by_seed` and the `tests` over the
+    seeds, and the verdict."""
     better: str
     worse: str
-    by_seed: dict[int, float]       # of the score that decides
+    by_seed: dict[str, dict[int, float]]
     tests: dict[str, SeedTest]
     verdict: str
 
-def lab_effects(results: Results, suite: str, pairs: Sequence[tuple[str, str]]) -> list[Effect]:
-    "The comparisons of a suite with two seeds in common; their verdicts together, by the rule."
-    seeds = {p: {s: better_by_seed(results, suite, *p, s) for s in SCORES} for p in pairs}
-    tests = {p: {s: seed_test(list(x.values()), MARGINS.get(s, 0.)) for s, x in found.items()}
-        for p, found in seeds.items() if len(found[DECIDES]) > 1}
-    by = {s: lab_verdicts({str(p): t[s] for p, t in tests.items()}) for s in (DECIDES, AGAINST)}
-    return [Effect(*p, seeds[p][DECIDES], t, agreed(by[DECIDES][str(p)],
-            [t[AGREES].mean], by[AGAINST][str(p)])) for p, t in tests.items()]
+def tests_of(results: Results, suite: str, pairs: Sequence[tuple[str, str]],
+        score: str) -> dict[tuple[str, str], SeedTest]:
+    "The test of each comparison by one score; without those that have no two seeds in common."
+    found = {p: list(better_by_seed(results, suite, *p, score).values()) for p in pairs}
+    return {p: seed_test(x, MARGINS.get(score, 0.)) for p, x in found.items() if len(x) > 1}
+
+def verdicts_of(results: Results, suite: str, pairs: Sequence[tuple[str, str]],
+        score: str) -> dict[tuple[str, str], str]:
+    """The verdicts of comparisons, together, by one score. Exact match does not decide alone: the
+    likeliest answers must agree, and the KL from the truth must not contradict."""
+    def by(s): return lab_verdicts(tests_of(results, suite, pairs, s))
+    if score != DECIDES: return by(score)
+    greedy, against = tests_of(results, suite, pairs, AGREES), by(AGAINST)
+    return {p: agreed(v, [greedy[p].mean], against[p]) for p, v in by(score).items()}
+
+def lab_effects(results: Results, suite: str, pairs: Sequence[tuple[str, str]],
+        scores: Sequence[str] = tuple(SCORES)) -> list[Effect]:
+    """The comparisons of a suite with two seeds in common; their verdicts together, by the rule and
+    the first of the `scores`."""
+    tests = {s: tests_of(results, suite, pairs, s) for s in scores}
+    found = verdicts_of(results, suite, pairs, scores[0])
+    return [Effect(*p, {s: better_by_seed(results, suite, *p, s) for s in scores},
+            {s: tests[s][p] for s in scores}, v) for p, v in found.items()]
 
 def against_reference(results: Results, suite: str) -> list[tuple[str, str]]:
     reference = SUITES[suite].reference
@@ -80,6 +96,12 @@ def against_reference(results: Results, suite: str) -> list[tuple[str, str]]:
 
 def of_claims(results: Results, suite: str) -> list[tuple[str, str]]:
     return [(c.better, c.worse) for c in SUITES[suite].claims]
+
+def comparisons(results: Results, suite: str) -> list[tuple[str, str]]:
+    "The family of a suite: the paper's claims, and the other cells against the reference."
+    claims = of_claims(results, suite)
+    return claims + [(a, b) for a, b in against_reference(results, suite)
+        if (a, b) not in claims and (b, a) not in claims]
 
 # %% ../../nbs/49_laboratory.ipynb #9d0db08b
 BETTER, WORSE, SAME = "better", "worse", "no difference"
@@ -145,30 +167,30 @@ def lab_table(results: Results, suite: str) -> str:
 
 def _signed(t: SeedTest, digits: int) -> str: return f"{t.mean:+.{digits}f} ± {t.half:.{digits}f}"
 
-def lab_effect_table(effects: Sequence[Effect], expected: Optional[Expectation] = None) -> str:
+def lab_effect_table(effects: Sequence[Effect], expected: Optional[Expectation] = None,
+        shown: Sequence[str] = ("exact", "truth_kl", "rouge_l")) -> str:
     "Comparisons as a Markdown table, each with its verdict and, if it was said, what was expected."
-    shown = ("exact", "greedy_exact", "truth_kl", "kl", "rouge_l")
-    return markdown_table([{"cell": f"`{e.better}`", "rather than": f"`{e.worse}`",
-            "seeds": e.tests[DECIDES].seeds, "verdict": f"**{e.verdict}**"}
+    return markdown_table([{"better?": f"`{e.better}` than `{e.worse}`",
+            "verdict": f"**{e.verdict}**"}
         | ({"expected": expected.of(e.better)} if expected else {})
         | {SCORES[s].label: _signed(e.tests[s], SCORES[s].digits) for s in shown} for e in effects])
 
 # %% ../../nbs/49_laboratory.ipynb #8e39493f
-def lab_plot(effects: Sequence[Effect]) -> Figure:
-    "Comparisons by exact match and by the KL from the truth."
-    figure, axes = _axes(2, 8, 1.2 + 0.3 * len(effects), sharey=True)
+def lab_plot(effects: Sequence[Effect], scores: Sequence[str] = (DECIDES, AGAINST)) -> Figure:
+    "Comparisons by some scores: a bar an interval, a dot a seed, grey what is negligible."
+    figure, axes = _axes(len(scores), 4 * len(scores), 1.2 + 0.3 * len(effects), sharey=True)
     names = [f"{e.better} > {e.worse}" for e in effects]
-    for ax, score in zip(axes, (DECIDES, AGAINST)):
-        ax.axvline(0, color="gray", lw=0.8)
+    for ax, score in zip(axes, scores):
         margin = MARGINS[score]
         ax.axvspan(-margin, margin, color="gray", alpha=0.15, lw=0)
+        ax.axvline(0, color="gray", lw=0.8)
         for row, e in enumerate(effects):
-            t = e.tests[score]
+            t, dots = e.tests[score], list(e.by_seed[score].values())
             ax.plot([t.mean - t.half, t.mean + t.half], [row, row], lw=2, color="C0")
             ax.plot(t.mean, row, "|", color="C0", ms=10, mew=2)
-            if score == DECIDES:
-                ax.plot(list(e.by_seed.values()), [row] * len(e.by_seed), "o", ms=4, color="C1")
+            ax.plot(dots, [row] * len(dots), "o", ms=4, color="C1")
         ax.set(title=SCORES[score].label, xlabel=f"{SCORES[score].unit} better",
             yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-    return _finished(figure, "How much better one cell is than another by exact match and by the "
-        "KL from the truth, with 95 % intervals; grey: differences that are negligible.")
+    return _finished(figure, "How much better one cell is than another by "
+        f"{' and by '.join(SCORES[s].label for s in scores)}, with 95 % intervals over the "
+        "training seeds; grey: differences that are negligible. The table has the numbers.")
