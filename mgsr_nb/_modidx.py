@@ -381,6 +381,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mgsr_nb.run.command.explained_errors': ('command.html#explained_errors', 'mgsr_nb/run/command.py'),
                                      'mgsr_nb.run.command.folder_of': ('command.html#folder_of', 'mgsr_nb/run/command.py'),
                                      'mgsr_nb.run.command.help_text': ('command.html#help_text', 'mgsr_nb/run/command.py'),
+                                     'mgsr_nb.run.command.local_kernel': ('command.html#local_kernel', 'mgsr_nb/run/command.py'),
                                      'mgsr_nb.run.command.main': ('command.html#main', 'mgsr_nb/run/command.py'),
                                      'mgsr_nb.run.command.nothing_left': ('command.html#nothing_left', 'mgsr_nb/run/command.py'),
                                      'mgsr_nb.run.command.papermill_call': ('command.html#papermill_call', 'mgsr_nb/run/command.py'),
