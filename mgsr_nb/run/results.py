@@ -241,8 +241,9 @@ def curve_svg(curves: dict[str, list[tuple[float, float]]]) -> str:
     colours = dict(zip(curves, ("#888", "#d9660d", "#3b82d0")))
     lines = "".join(f'<polyline points="{line(values)}" fill="none" stroke="{colours[name]}" '
         f'stroke-width="2"/>' for name, values in curves.items())
-    key = " &nbsp; ".join(f'<span style="white-space:nowrap"><span style="color:{colours[name]}">'
-        f"&#9632;</span> {text}</span>" for name, text in said.items())
+    key = " &nbsp; ".join(f'<span style="white-space:nowrap"><span style="display:inline-block;'
+        f'width:.7em;height:.7em;background:{colours[name]}"></span> {text}</span>'
+        for name, text in said.items())
     return (f'<svg viewBox="0 0 600 116" role="img" aria-label="{"; ".join(said.values())}, in '
         f'{last:.0f} steps" style="width:100%;height:auto"><line x1="10" x2="590" y1="110" '
         f'y2="110" stroke="#8888"/>{lines}</svg><p><small>{last:.0f} steps: {key}</small></p>')
