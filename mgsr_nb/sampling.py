@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from .tokens import Encoded
 from .decoding import generate, generator_for
+from .captured import loop_for
 
 # %% ../nbs/15_sampling.ipynb #242cc5af
 Pairs = list[tuple[list[int], list[int]]]   # (prompt ids, response ids)
@@ -55,11 +56,14 @@ class Mixed(Fixed):
 
 # %% ../nbs/15_sampling.ipynb #ec43d6f2
 def sampler(model: nn.Module, stops: Sequence[int], pad_id: int, vocab: int,
-        mix: Optional[tuple[nn.Module, float]] = None, temperature: float = 1.) -> Callable:
+        mix: Optional[tuple[nn.Module, float]] = None, temperature: float = 1.,
+        decoding: str = "auto") -> Callable:
     """`sample(prompts, keys, limits, past)` for the sources, for SCRG and for evaluation: responses
-    of `model`, or of its `mix`ture, each a function of its key."""
+    of `model`, or of its `mix`ture, each a function of its key. `decoding`: see `loop_for`."""
     def sample(prompts, keys, limits, past=None):
-        return generate(model, prompts, keys, limits, stops, pad_id, vocab, mix, past, temperature)
+        loop = loop_for(next(model.parameters()).device, decoding)
+        return generate(model, prompts, keys, limits, stops, pad_id, vocab, mix, past, temperature,
+            loop)
     return sample
 
 # %% ../nbs/15_sampling.ipynb #0caa38e9
