@@ -28,6 +28,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mgsr_nb.captured.Step.__init__': ('captured.html#step.__init__', 'mgsr_nb/captured.py'),
                                   'mgsr_nb.captured.Step.begin': ('captured.html#step.begin', 'mgsr_nb/captured.py'),
                                   'mgsr_nb.captured.Step.logits': ('captured.html#step.logits', 'mgsr_nb/captured.py'),
+                                  'mgsr_nb.captured.Step.models': ('captured.html#step.models', 'mgsr_nb/captured.py'),
                                   'mgsr_nb.captured.Step.token': ('captured.html#step.token', 'mgsr_nb/captured.py'),
                                   'mgsr_nb.captured.Step.write': ('captured.html#step.write', 'mgsr_nb/captured.py'),
                                   'mgsr_nb.captured.able': ('captured.html#able', 'mgsr_nb/captured.py'),

@@ -7,7 +7,7 @@ __all__ = ['ONE_TOKEN', 'KEPT', 'WINDOWS', 'TOLERANCE', 'DECODING', 'Columns', '
            'autocast_type', 'Casts', 'Step', 'cuda_graph', 'narrowest', 'rounded', 'addresses', 'step_for', 'agrees',
            'able', 'decode_captured', 'loop_for']
 
-# %% ../nbs/14b_captured.ipynb #5712345a
+# %% ../nbs/14b_captured.ipynb #4a92ec4a
 import contextlib, functools, warnings, weakref
 from typing import Callable, Optional, Sequence
 import torch
@@ -21,7 +21,7 @@ from .models import CACHE, base_model
 from .divergences import log_mixture, log_probs
 from .decoding import NextToken, decode, draw_tokens, noise, starts_of
 
-# %% ../nbs/14b_captured.ipynb #4ba16fff
+# %% ../nbs/14b_captured.ipynb #3008857b
 class Columns(StaticLayer):
     """Keys (B, heads, C, D) and values of one layer, C columns; what is new goes to the column that
     `column` (1,) names at that moment."""
@@ -44,7 +44,7 @@ def rooms_like(cache: Cache, rows: int, columns: int, column: Tensor,
     return Cache(layers=[Columns(empty(layer.keys), empty(layer.values), column)
             for layer in cache.layers])
 
-# %% ../nbs/14b_captured.ipynb #7a4da02d
+# %% ../nbs/14b_captured.ipynb #f2a56bee
 def one_token(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         attention_mask: Optional[Tensor], scaling: Optional[float] = None, **_):
     """Attention of one token, for transformers: `query` (B, heads, 1, D), `key` and `value`
@@ -68,7 +68,7 @@ def attending(*models: nn.Module):
     finally:
         for c in changed: c._attn_implementation = "sdpa"
 
-# %% ../nbs/14b_captured.ipynb #5b4261bf
+# %% ../nbs/14b_captured.ipynb #482e4f8c
 def autocast_type(device: torch.device) -> Optional[torch.dtype]:
     on = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else None
@@ -87,7 +87,7 @@ class Casts:
         if self.copies:
             torch._foreach_copy_(list(self.copies.values()), list(self.sources.values()))
 
-# %% ../nbs/14b_captured.ipynb #6fb93347
+# %% ../nbs/14b_captured.ipynb #3022ed57
 class Step:
     """One token for each of `rows` texts, a function without arguments whose tensors stay where
     they are; `advance` runs it once.
@@ -96,7 +96,9 @@ class Step:
     and `limit` tokens of response. `capture(function)` returns what replays it."""
     def __init__(self, next_token: NextToken, rows: int, columns: int, limit: int,
             stops: Sequence[int], temperature: float, capture: Optional[Callable] = None):
-        self.models, self.alpha, self.vocab = next_token.models, next_token.alpha, next_token.vocab
+        # steps are kept as long as their models, which they must not keep alive
+        self._models = [weakref.ref(m) for m in next_token.models]
+        self.alpha, self.vocab = next_token.alpha, next_token.vocab
         self.rows, self.columns, self.limit = rows, columns, limit
         self.temperature, device = temperature, next_token.caches[0].layers[0].keys.device
         self.device, whole = device, functools.partial(torch.zeros, dtype=torch.long, device=device)
@@ -110,6 +112,9 @@ class Step:
         self.caches = [rooms_like(cache, rows, columns, self.column, casts.dtype)
             for cache, casts in zip(next_token.caches, self.casts)]
         self.advance = capture(self.token) if capture else self.token
+
+    @property
+    def models(self) -> list[nn.Module]: return [ref() for ref in self._models]
 
     def logits(self) -> Tensor:
         "(rows, vocab) of the next token, as `NextToken` gives them."
@@ -159,7 +164,7 @@ class Step:
         # rows without a text draw too, from what the first one sees
         self.write(logits[torch.arange(self.rows, device=self.device).clamp_(max=B - 1)])
 
-# %% ../nbs/14b_captured.ipynb #73766f8f
+# %% ../nbs/14b_captured.ipynb #fa087f07
 def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
     "A CUDA graph of `step`: what replays it. Raises what CUDA raises where it cannot be recorded."
     stream = torch.cuda.Stream()
@@ -176,7 +181,7 @@ def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
     finally: torch.set_autocast_cache_enabled(kept)
     return graph.replay
 
-# %% ../nbs/14b_captured.ipynb #c9ee3638
+# %% ../nbs/14b_captured.ipynb #f12c6188
 KEPT = 4      # steps of a model: each holds keys and values
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "attention_window")
 _steps = weakref.WeakKeyDictionary()      # by model, oldest first
@@ -210,7 +215,7 @@ def step_for(next_token: NextToken, rows: int, columns: int, limit: int, stops: 
     kept.append((kind, step))
     return step
 
-# %% ../nbs/14b_captured.ipynb #ae8d1818
+# %% ../nbs/14b_captured.ipynb #fc001742
 TOLERANCE = 0.03      # of the spread of the logits: bfloat16 has 8 bits
 
 def agrees(models: Sequence[nn.Module], alpha: float, vocab: int,
@@ -266,7 +271,7 @@ def decode_captured(next_token: NextToken, start, keys: Sequence[tuple], limits:
         step.advance()
     return step.table[:len(ids), :longest].clone()
 
-# %% ../nbs/14b_captured.ipynb #fe3eea63
+# %% ../nbs/14b_captured.ipynb #38c9926a
 DECODING = ("auto", "eager", "captured")
 
 def loop_for(device: torch.device, how: str = "auto") -> Callable:

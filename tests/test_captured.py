@@ -1,5 +1,5 @@
 "The captured step writes what the usual loop writes: every architecture, SCRG's two writings, adapters, autocast, weights that move; and it can be recorded."
-import warnings
+import gc, warnings, weakref
 import pytest, torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from architectures import ACCEPTED, tiny
@@ -120,6 +120,14 @@ def test_a_step_is_kept_for_what_fits_it_and_few_are_kept():
     assert len(_steps[model]) == 2
     for t in (0.5, 0.6, 0.7, 0.8): texts(model, decode_captured, temperature=t)
     assert len(_steps[model]) == captured.KEPT and first not in [s for _, s in _steps[model]]
+
+def test_steps_go_with_their_model():
+    model = tiny_model("llama")
+    texts(model, decode_captured)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 def test_a_cpu_keeps_the_loop_unless_it_is_told():
     cpu = torch.device("cpu")
