@@ -154,10 +154,10 @@ def _begin(next_token: NextToken, prompts, pad_id, past, rows) -> tuple[Tensor, 
     if past is None:
         batch = collate([(p, []) for p in prompts], pad_id, side="left").to(device)
         return batch.input_ids, batch.attention_mask, batch.position_ids
-    known = past.keep(torch.tensor(rows, device=device), prompts)
+    known = past.keep(torch.tensor(rows), prompts)
     next_token.caches = [past.cache]
     batch = collate([(p[k:], []) for p, k in zip(prompts, known)], pad_id, side="left").to(device)
-    return (batch.input_ids, torch.cat([(past.columns >= 0).long(), batch.attention_mask], 1),
+    return (batch.input_ids, torch.cat([past.mask(), batch.attention_mask], 1),
         batch.position_ids + torch.tensor(known, device=device)[:, None])
 
 def decode(next_token: NextToken, start, keys, limits, stops, temperature) -> Tensor:
@@ -193,26 +193,27 @@ class Reading:
     text, and what it takes to read on.
 
     `columns` (B, C): the place in the text of each column of the cache, -1 where it holds nothing,
-    or nothing that still counts."""
+    or nothing that still counts; on the CPU, where looking at it does not wait for a device."""
     def __init__(self, model: nn.Module, texts: Sequence[list[int]], pad_id: int):
         # of layers that keep all, those with a window too: what is crossed out makes room in it
         self.model, self.pad_id, self.cache = model, pad_id, DynamicCache()
         self.device = next(model.parameters()).device
-        self.columns = torch.zeros(len(texts), 0, dtype=torch.long, device=self.device)
+        self.columns = torch.zeros(len(texts), 0, dtype=torch.long)
         self.hidden = None
         self.replace([0] * len(texts), texts)
+
+    def mask(self) -> Tensor: return (self.columns >= 0).long().to(self.device)
 
     def cut(self, starts: Sequence[int], rows=slice(None)) -> None:
         "Forget what stands at or behind `starts[b]`, of all texts or of `rows`."
         columns = self.columns[rows]
-        self.columns[rows] = torch.where(columns < torch.tensor(starts, device=self.device)[:,
-                None], columns, -1)
+        self.columns[rows] = torch.where(columns < torch.tensor(starts)[:, None], columns, -1)
 
     def keep(self, rows: Tensor, prompts: Sequence[list[int]]) -> list[int]:
         """Keep only `rows`, which begin like `prompts`, and of each the tokens before its last n, n
         the same for all: behind them goes what is read next. -> how many tokens each keeps."""
         self.columns = self.columns[rows]
-        self.cache.batch_select_indices(rows)
+        self.cache.batch_select_indices(rows.to(self.device))
         # something has to be read, for the first token to be predicted
         self.cut([len(p) - 1 for p in prompts])
         known = (self.columns.amax(1) + 1).tolist()
@@ -233,10 +234,10 @@ class Reading:
             self.cache, self.columns = DynamicCache(), self.columns[:, :0]
             return
         order = counts.long().argsort(dim=1, stable=True)[:, held - width:]
-        if torch.equal(order, torch.arange(held, device=self.device).expand(len(order), -1)): return
+        if torch.equal(order, torch.arange(held).expand(len(order), -1)): return
         self.columns = self.columns.gather(1, order)
+        index = order.to(self.device)[:, None, :, None]
         for layer in self.cache.layers:
-            index = order[:, None, :, None]
             for name in ("keys", "values"):
                 old = getattr(layer, name)
                 setattr(layer, name, old.gather(2, index.expand(-1, old.shape[1], -1,
@@ -252,11 +253,12 @@ class Reading:
         ids = torch.tensor([e + [self.pad_id] * (width - len(e)) for e in endings],
             device=self.device)
         places = torch.tensor([[s + i if i < len(e) else -1 for i in range(width)]
-                for s, e in zip(starts, endings)], device=self.device)
+                for s, e in zip(starts, endings)])
         self.columns = torch.cat([self.columns, places], 1)
         with evaluating(self.model):
-            result = decoder(self.model)(input_ids=ids, attention_mask=(self.columns >= 0).long(),
-                position_ids=places.clamp(min=0), use_cache=True, **{CACHE: self.cache})
+            result = decoder(self.model)(input_ids=ids, attention_mask=self.mask(),
+                position_ids=places.clamp(min=0).to(self.device), use_cache=True,
+                **{CACHE: self.cache})
         self.cache = getattr(result, CACHE)
         self._store(result[0], starts, [len(e) for e in endings])
 
