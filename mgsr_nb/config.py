@@ -39,14 +39,15 @@ def shown(value) -> str:
 # %% ../nbs/02_config.ipynb #a926264f
 # say where a run lies, not what it computes
 ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite", "dry_run",
-    "tracker")
+    "tracker", "decoding")
 # parameters that say nothing about a run in which another one has another value
 ONLY_WITH = {
     "mixed_fraction": ("sampling", "mixed"), "threshold_start": ("sampling", "off_policy"),
     "buffer_size": ("sampling", "off_policy"), "chat_date": ("template", "chat")}
 # what runs did before there was a parameter for it; its default may be another
 BEFORE = {"shorten": "beginning", "chat_date": "2024-07-26", "sft_learning_rate": None,
-    "eval_greedy": False, "rouge_words": "english", "save_prompts": True}
+    "eval_greedy": False, "rouge_words": "english", "save_prompts": True,
+    "write_ahead": 1}
 NOISE = 3       # the random numbers of a text: 1 and 2 were PyTorch's, 3 is notebook 14's counter
 
 # %% ../nbs/02_config.ipynb #d70fc26d
@@ -183,6 +184,11 @@ def _check_temperature(c):
             f"got {c.eval_temperature:g}, by which logits cannot be divided safely",
             "0 (the likeliest token), or at least 0.01")
 
+def _check_ahead(c):
+    if c.write_ahead > 1 and (c.sampling != "on_policy" or c.checkpoint_every % c.write_ahead):
+        refuse("write_ahead", f"{c.write_ahead} with sampling {c.sampling} and checkpoint_every "
+            f"{c.checkpoint_every}", "1, or sampling on_policy and checkpoints at its multiples")
+
 # %% ../nbs/02_config.ipynb #b8080982
 def _check_lists(c):
     unknown = [s for s in c.eval_set_list if s not in EVAL_SET_NAMES]
@@ -225,8 +231,8 @@ def _check_data_dir(c):
             "the library", "empty, or data dolly, or other eval_sets")
 
 CHECKS = (_check_limits, _check_classes, _check_scrg, _check_policy, _check_select, _check_weights,
-    _check_lengths, _check_batch, _check_lists, _check_temperature, _check_run_name, _check_texts,
-    _check_long_name, _check_chat_date, _check_data_dir)
+    _check_lengths, _check_batch, _check_ahead, _check_lists, _check_temperature,
+    _check_run_name, _check_texts, _check_long_name, _check_chat_date, _check_data_dir)
 
 # %% ../nbs/02_config.ipynb #f1ad284c
 KINDS = {int: "a whole number", float: "a number", str: "text",

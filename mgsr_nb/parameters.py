@@ -161,6 +161,11 @@ class TextParameters(SpanParameters):
         "share of the teacher in the distribution that student text is drawn from (MiniLLM)", ge=0,
         lt=1)
     max_new_tokens: int = number(48, "longest sampled response, in training and evaluation", ge=1)
+    write_ahead: int = number(1, "updates whose texts the student writes (and SCRG revises) "
+        "together, before the first of them; the last one learns from a student so much older",
+        ge=1)
+    decoding: Literal["auto", "eager", "captured"] = choice("auto", "the loop that writes: eager, "
+        "or captured (a step recorded once and replayed); auto: captured on a GPU")
 
 # %% ../nbs/01_parameters.ipynb #3852a7a7
 class RevisionParameters(TextParameters):
@@ -186,7 +191,8 @@ class OptimiserParameters(RevisionParameters):
         "a batch pads less; 1: none are", ge=1)
     micro_batch_size: int = number(0,
         "sequences of one forward pass of a process; 0: all of its share", ge=0)
-    chunk_tokens: int = number(128, "rows of (tokens x vocabulary) in memory at once", ge=1)
+    chunk_tokens: int = number(128, "rows of (tokens x vocabulary) in memory at once; 0: as many "
+        "as a GPU has room for, on a CPU 128", ge=0)
     compile_student: bool = choice(False, "torch.compile for the student's passes in training: a "
         "slow first step, then faster ones; needs a C++ compiler")
     learning_rate: float = number(1e-4,
