@@ -45,7 +45,7 @@ def _evaluated(s: Setup, model: nn.Module, validation: Optional[dict]) -> dict:
     with s.accelerator.autocast():
         test, answers, ids = evaluate(model, s.teacher, s.eval_sets,
             s.sampler(model, temperature=c.eval_temperature), s.tokenizer, s.vocab,
-            c.eval_seed_list, c.max_new_tokens, c.eval_batch_size, c.chunk_tokens, teacher_text,
+            c.eval_seed_list, c.max_new_tokens, c.eval_batch_size, s.chunk, teacher_text,
             s.states, s.sampler(model, temperature=0) if c.eval_greedy else None, c.rouge_words)
     return {"validation": held, "test": test, "average": average_of(test), "answers": answers,
         "ids": ids}
