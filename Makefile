@@ -123,7 +123,7 @@ performance: $(STAMP)
 # every number of the results, from whatever lies in runs/: runs/results.csv, the report, the overview and the README made from it
 report: $(STAMP)
 	$(BIN)/python -c 'from mgsr_nb.study.tables import write_results_csv; print(write_results_csv())'
-	$(BIN)/python -m jupyter execute --inplace nbs/report.ipynb nbs/index.ipynb
+	$(BIN)/python -m jupyter execute --inplace nbs/report.ipynb nbs/details.ipynb nbs/usage.ipynb nbs/index.ipynb
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/make_readme.py
 

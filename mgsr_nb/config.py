@@ -39,18 +39,17 @@ def shown(value) -> str:
 # %% ../nbs/02_config.ipynb #a926264f
 # say where a run lies, not what it computes
 ELSEWHERE = ("preset", "method", "run_name", "runs_dir", "data_dir", "overwrite", "dry_run",
-    "tracker")
+    "tracker", "decoding")
 # parameters that say nothing about a run in which another one has another value
 ONLY_WITH = {
     "mixed_fraction": ("sampling", "mixed"), "threshold_start": ("sampling", "off_policy"),
     "buffer_size": ("sampling", "off_policy"), "chat_date": ("template", "chat")}
 # what runs did before there was a parameter for it; its default may be another
-BEFORE = {"shorten": "beginning", "chat_date": "2024-07-26", "sft_learning_rate": None,
-    "eval_greedy": False, "rouge_words": "english", "save_prompts": True, "head_mass": 0.5,
-    "ab_alpha": 0.2, "ab_beta": 0.7, "skd_top_k": 0, "teacher_classes": "all", "teacher_k": 16,
-    "data_kd_weight": 0.0, "data_kd_loss": "skew_forward_kl", "reward_weight": 0.0}
-# which random numbers a text is drawn with: 1 and 2 were PyTorch's, 3 is notebook 14's counter
-NOISE = 3
+BEFORE = dict(shorten="beginning", chat_date="2024-07-26", sft_learning_rate=None,
+    eval_greedy=False, rouge_words="english", save_prompts=True, head_mass=0.5, ab_alpha=0.2,
+    ab_beta=0.7, skd_top_k=0, teacher_classes="all", teacher_k=16, data_kd_weight=0.0,
+    data_kd_loss="skew_forward_kl", reward_weight=0.0, write_ahead=1)
+NOISE = 3       # the random numbers of a text: 1 and 2 were PyTorch's, 3 is notebook 14's counter
 
 # %% ../nbs/02_config.ipynb #d70fc26d
 class RunConfig(EvaluationParameters):
@@ -125,14 +124,10 @@ class RunConfig(EvaluationParameters):
         return {name: value for name, value in self.model_dump().items() if counts(name)}
 
     @property
-    def digest(self) -> str:
-        "Short hash of what is `counted`: two configurations with one digest are the same run."
-        return self.digest_with(NOISE)
+    def digest(self) -> str: return self.digest_with(NOISE)
 
     def digest_with(self, noise: int) -> str:
-        """The digest of a run whose texts were drawn with `noise`.
-
-        What a parameter means `BEFORE` it was one is left out: so old runs keep their digests."""
+        "Short hash of what is `counted`, save what was so `BEFORE` it could be said, and `noise`."
         said = {k: v for k, v in self.counted.items() if k not in BEFORE or v != BEFORE[k]}
         if noise > 2: said["noise"] = noise
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
@@ -210,6 +205,11 @@ def _check_temperature(c):
         refuse("eval_temperature", f"got {c.eval_temperature:g}, by which logits cannot be "
             "divided safely", "0 (the likeliest token), or at least 0.01")
 
+def _check_ahead(c):
+    if c.write_ahead > 1 and (c.sampling != "on_policy" or c.checkpoint_every % c.write_ahead):
+        refuse("write_ahead", f"{c.write_ahead} with sampling {c.sampling} and checkpoint_every "
+            f"{c.checkpoint_every}", "1, or sampling on_policy and checkpoints at its multiples")
+
 # %% ../nbs/02_config.ipynb #b8080982
 def _check_lists(c):
     unknown = [s for s in c.eval_set_list if s not in EVAL_SET_NAMES]
@@ -250,8 +250,8 @@ def _check_data_dir(c):
             "the library", "empty, or data dolly, or other eval_sets")
 
 CHECKS = (_check_limits, _check_classes, _check_powers, _check_known, _check_samples, _check_policy,
-    _check_select, _check_weights, _check_lengths, _check_batch, _check_lists, _check_temperature,
-    _check_run_name, _check_texts, _check_chat_date, _check_data_dir)
+    _check_select, _check_weights, _check_lengths, _check_batch, _check_ahead, _check_lists,
+    _check_temperature, _check_run_name, _check_texts, _check_chat_date, _check_data_dir)
 
 # %% ../nbs/02_config.ipynb #f1ad284c
 def _in_words(error: dict) -> str:

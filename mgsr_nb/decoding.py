@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'generator_for', 'starts_of', 'noise', 'draw_tokens', 'evaluating', 'few_rows', 'within_top', 'Help',
-           'generate', 'Reading']
+           'NextToken', 'generate', 'decode', 'Reading']
 
 # %% ../nbs/14_decoding.ipynb #9ca27d22
 import contextlib, functools, hashlib
-from typing import NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -102,42 +102,38 @@ def within_top(token: Tensor, logits: Tensor, k: int) -> Tensor:
 class Help(NamedTuple):
     "How a teacher takes part in writing: by a share of every draw, or by a veto."
     teacher: Optional[nn.Module] = None
-    share: float = 0.       # alpha of the mixture that is drawn from
-    top_k: int = 0          # a token outside the teacher's best is replaced; 0: none is
-    # bool tensors, one a token place: which rows' tokens were replaced; None: not kept
-    replaced: Optional[list] = None
+    share: float = 0.                   # alpha of the mixture that is drawn from
+    top_k: int = 0                      # a token outside its best is drawn anew; 0: none is
+    replaced: Optional[list] = None     # takes, for each place, in which rows (bool) that was so
 
-class _NextToken:
-    """The next token of B rows, from one model or with a teacher's help; every model keeps its own
-    cache."""
-    def __init__(self, model: nn.Module, vocab: int, help: Help, temperature: float):
-        self.help, self.vocab, self.temperature = help, vocab, temperature
+class NextToken:
+    """Logits (B, vocab) of the next token, of one model or of its mixture with a teacher, and the
+    token; every model keeps its own cache."""
+    def __init__(self, model: nn.Module, vocab: int, mix: Optional[tuple]):
+        self.help = Help(*(mix or ()))
         # no help costs nothing
-        self.models = [model, help.teacher] if help.share or help.top_k else [model]
-        self.caches = [None] * len(self.models)
+        self.models = [model, self.help.teacher] if any(self.help[1:3]) else [model]
+        self.alpha, self.vocab, self.caches = self.help.share, vocab, [None] * len(self.models)
 
-    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> list[Tensor]:
-        "(B, vocab) of each model."
+    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
             logits_to_keep=1)
         results = [model(**inputs, **{CACHE: cache})
             for model, cache in zip(self.models, self.caches)]
         self.caches = [getattr(r, CACHE) for r in results]
-        return [r.logits[:, -1, :self.vocab] for r in results]
+        logits = self.logits = [r.logits[:, -1, :self.vocab] for r in results]
+        return (log_mixture(log_probs(logits[1]), log_probs(logits[0]), self.alpha) if self.alpha
+            else logits[0])
 
-    def __call__(self, inputs: tuple[Tensor, Tensor, Tensor], starts: Tensor, place: int,
-            alive: Tensor) -> Tensor:
-        "(B,) tokens at `place` of rows that begin at `starts`; only those `alive` are counted."
-        (q, *p), help = self.logits(*inputs), self.help
-        def drawn(logits, place):
-            return draw_tokens(logits, noise(starts, place, self.vocab), self.temperature)
-        if help.share: q = log_mixture(log_probs(p[0]), log_probs(q), help.share)
-        token = drawn(q, place)
-        if not help.top_k: return token
-        keep = within_top(token, p[0], help.top_k)
-        if help.replaced is not None: help.replaced.append(~keep & alive)
+    def token(self, inputs: tuple, starts: Tensor, place: int, temperature: float, alive: Tensor):
+        "(B,) tokens at `place` of rows that begin at `starts`; of those `alive` it is noted."
+        draw = lambda z, t: draw_tokens(z, noise(starts, t, self.vocab), temperature)
+        token = draw(self(*inputs), place)
+        if not self.help.top_k: return token
+        keep = within_top(token, self.logits[1], self.help.top_k)
+        if self.help.replaced is not None: self.help.replaced.append(~keep & alive)
         # the teacher's draws have the places before the first
-        return torch.where(keep, token, drawn(p[0], -1 - place))
+        return torch.where(keep, token, draw(self.logits[1], -1 - place))
 
 def _keep(caches: list, tensors: list[Tensor], rows: Tensor) -> list[Tensor]:
     "Keep only `rows` of the caches (in place) and of each tensor."
@@ -148,43 +144,45 @@ def _keep(caches: list, tensors: list[Tensor], rows: Tensor) -> list[Tensor]:
 def generate(model: nn.Module, prompts: Sequence[list[int]], keys: Sequence[tuple],
         limits: Sequence[int], stops: Sequence[int], pad_id: int,
              vocab: int, mix: Optional[tuple] = None,
-             past: Optional["Reading"] = None, temperature: float = 1.) -> list[list[int]]:
+             past: Optional["Reading"] = None, temperature: float = 1.,
+             loop: Optional[Callable] = None) -> list[list[int]]:
     """A sampled response (ids) for each of B prompts: at most `limits[b]` tokens, ending with the
     first stop id, which is kept.
 
     Row b draws the `noise` of `keys[b]`, whatever else is in the batch. Only the first
     `vocab` ids are drawn. With `mix=(teacher, alpha)`, 0 <= alpha < 1, each token is drawn from
-    alpha p + (1 - alpha) q, where q is `model`; a third number is the `top_k` of a teacher's veto
-    (see `Help`). `temperature` divides the logits (of a mixture: its logarithm); at 0 the likeliest
-    token is taken. `past`: the model's `Reading` of the prompts' beginnings (below), used up by
-    this; without one, or with a teacher's help, prompts are read from their start."""
+    alpha p + (1 - alpha) q, where q is `model`; `mix` may go on with a veto (see `Help`).
+    `temperature` divides the logits (of a mixture: its logarithm); at 0 the likeliest is taken.
+    `past`: the model's `Reading` of the prompts' beginnings (below), used up by this; not with a
+    teacher's help. `loop`: instead of `decode` below (notebook 14b), if there is no veto."""
     todo = [b for b, limit in enumerate(limits) if limit > 0]
     texts = [[] for _ in prompts]
     if not todo: return texts
-    next_token = _NextToken(model, vocab, Help(*(mix or ())), temperature)
+    next_token = NextToken(model, vocab, mix)
     with evaluating(*next_token.models), few_rows(*next_token.models):
         start = _begin(next_token, [prompts[b] for b in todo], pad_id,
             past if len(next_token.models) == 1 else None, todo)
-        table = _decode(next_token, start, [keys[b] for b in todo], [limits[b] for b in todo],
-            stops)
+        if next_token.help.top_k or loop is None: loop = decode
+        table = loop(next_token, start, [keys[b] for b in todo],
+            [limits[b] for b in todo], stops, temperature)
     for b, row in zip(todo, table.tolist()):
         texts[b] = cut_at_stop([i for i in row[:limits[b]] if i >= 0], stops)
     return texts
 
-def _begin(next_token: _NextToken, prompts, pad_id, past, rows) -> tuple[Tensor, Tensor, Tensor]:
+def _begin(next_token: NextToken, prompts, pad_id, past, rows) -> tuple[Tensor, Tensor, Tensor]:
     """Ids to read first, the attention mask up to them, their positions: all of the prompts, or
     what `past`, of which these are `rows`, has not read."""
     device = next(next_token.models[0].parameters()).device
     if past is None:
         batch = collate([(p, []) for p in prompts], pad_id, side="left").to(device)
         return batch.input_ids, batch.attention_mask, batch.position_ids
-    known = past.keep(torch.tensor(rows, device=device), prompts)
+    known = past.keep(torch.tensor(rows), prompts)
     next_token.caches = [past.cache]
     batch = collate([(p[k:], []) for p, k in zip(prompts, known)], pad_id, side="left").to(device)
-    return (batch.input_ids, torch.cat([(past.columns >= 0).long(), batch.attention_mask], 1),
+    return (batch.input_ids, torch.cat([past.mask(), batch.attention_mask], 1),
         batch.position_ids + torch.tensor(known, device=device)[:, None])
 
-def _decode(next_token: _NextToken, start, keys, limits, stops) -> Tensor:
+def decode(next_token: NextToken, start, keys, limits, stops, temperature) -> Tensor:
     "The loop of `generate`: (B, max(limits)) ids, -1 where a row had ended."
     (ids, mask, positions), device = start, start[0].device
     starts = starts_of(keys, device)
@@ -195,7 +193,7 @@ def _decode(next_token: _NextToken, start, keys, limits, stops) -> Tensor:
     place = torch.arange(len(limits), device=device)
     alive = torch.ones_like(place, dtype=torch.bool)
     for t in range(max(limits)):
-        token = next_token((ids, mask, positions), starts, t, alive)
+        token = next_token.token((ids, mask, positions), starts, t, temperature, alive)
         table[place, t] = torch.where(alive, token, -1)
         alive = alive & ~torch.isin(token, stop_ids) & (t + 1 < ends[place])
         ids = token[:, None]
@@ -216,26 +214,27 @@ class Reading:
     text, and what it takes to read on.
 
     `columns` (B, C): the place in the text of each column of the cache, -1 where it holds nothing,
-    or nothing that still counts."""
+    or nothing that still counts; on the CPU, where looking at it does not wait for a device."""
     def __init__(self, model: nn.Module, texts: Sequence[list[int]], pad_id: int):
         # of layers that keep all, those with a window too: what is crossed out makes room in it
         self.model, self.pad_id, self.cache = model, pad_id, DynamicCache()
         self.device = next(model.parameters()).device
-        self.columns = torch.zeros(len(texts), 0, dtype=torch.long, device=self.device)
+        self.columns = torch.zeros(len(texts), 0, dtype=torch.long)
         self.hidden = None
         self.replace([0] * len(texts), texts)
+
+    def mask(self) -> Tensor: return (self.columns >= 0).long().to(self.device)
 
     def cut(self, starts: Sequence[int], rows=slice(None)) -> None:
         "Forget what stands at or behind `starts[b]`, of all texts or of `rows`."
         columns = self.columns[rows]
-        self.columns[rows] = torch.where(columns < torch.tensor(starts, device=self.device)[:,
-                None], columns, -1)
+        self.columns[rows] = torch.where(columns < torch.tensor(starts)[:, None], columns, -1)
 
     def keep(self, rows: Tensor, prompts: Sequence[list[int]]) -> list[int]:
         """Keep only `rows`, which begin like `prompts`, and of each the tokens before its last n, n
         the same for all: behind them goes what is read next. -> how many tokens each keeps."""
         self.columns = self.columns[rows]
-        self.cache.batch_select_indices(rows)
+        self.cache.batch_select_indices(rows.to(self.device))
         # something has to be read, for the first token to be predicted
         self.cut([len(p) - 1 for p in prompts])
         known = (self.columns.amax(1) + 1).tolist()
@@ -256,10 +255,10 @@ class Reading:
             self.cache, self.columns = DynamicCache(), self.columns[:, :0]
             return
         order = counts.long().argsort(dim=1, stable=True)[:, held - width:]
-        if torch.equal(order, torch.arange(held, device=self.device).expand(len(order), -1)): return
+        if torch.equal(order, torch.arange(held).expand(len(order), -1)): return
         self.columns = self.columns.gather(1, order)
+        index = order.to(self.device)[:, None, :, None]
         for layer in self.cache.layers:
-            index = order[:, None, :, None]
             for name in ("keys", "values"):
                 old = getattr(layer, name)
                 setattr(layer, name, old.gather(2, index.expand(-1, old.shape[1], -1,
@@ -275,11 +274,12 @@ class Reading:
         ids = torch.tensor([e + [self.pad_id] * (width - len(e)) for e in endings],
             device=self.device)
         places = torch.tensor([[s + i if i < len(e) else -1 for i in range(width)]
-                for s, e in zip(starts, endings)], device=self.device)
+                for s, e in zip(starts, endings)])
         self.columns = torch.cat([self.columns, places], 1)
         with evaluating(self.model):
-            result = decoder(self.model)(input_ids=ids, attention_mask=(self.columns >= 0).long(),
-                position_ids=places.clamp(min=0), use_cache=True, **{CACHE: self.cache})
+            result = decoder(self.model)(input_ids=ids, attention_mask=self.mask(),
+                position_ids=places.clamp(min=0).to(self.device), use_cache=True,
+                **{CACHE: self.cache})
         self.cache = getattr(result, CACHE)
         self._store(result[0], starts, [len(e) for e in endings])
 

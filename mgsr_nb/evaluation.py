@@ -12,7 +12,7 @@ from typing import Callable, Optional, Sequence
 import torch
 from torch import Tensor, nn
 from .grammar import kl_from_truth
-from .tokens import Encoded, collate, labels, supervised
+from .tokens import Encoded, at_trained, collate, labels
 from .lab import true_tokens
 from .models import head_logits, hidden_states
 from .divergences import forward_kl, log_probs
@@ -47,8 +47,8 @@ def token_losses(student: nn.Module, teacher: Optional[nn.Module],
     found = [[torch.zeros(0, dtype=torch.float64)] * len(pairs) for _ in models]
     with evaluating(*models):
         for part, batch in _batches(pairs, pad_id, batch_size, device):
-            rows, ids = supervised(batch), labels(batch)
-            hidden = [hidden_states(m, batch)[rows] if s is None
+            ids = labels(batch)
+            hidden = [at_trained(hidden_states(m, batch), batch) if s is None
                 else torch.cat([s[i] for i in part]).to(device) for m, s in zip(models, states)]
             losses = torch.zeros(len(models), len(ids), dtype=torch.float64, device=device)
             for b in range(0, len(ids), chunk_tokens):
@@ -71,7 +71,7 @@ def response_states(model: nn.Module, examples: Sequence[Encoded], pad_id: int,
     with evaluating(model):
         for part, batch in _batches([(e.prompt_ids, e.response_ids) for e in examples], pad_id,
                 batch_size, next(model.parameters()).device):
-            states = hidden_states(model, batch)[supervised(batch)].cpu()
+            states = at_trained(hidden_states(model, batch), batch).cpu()
             for i, x in zip(part, states.split([len(examples[i].response_ids) for i in part])):
                 found[i] = x
     return found

@@ -6,7 +6,7 @@
 __all__ = ['BUILTIN', 'GGUF_NAME', 'GGUF_DIGEST', 'GGUF_INSTALL', 'CACHE', 'LAYER', 'PROJECTIONS', 'model_path', 'load_tokenizer',
            'load_model', 'base_model', 'decoder', 'head', 'hidden_states', 'head_logits', 'check_head',
            'check_tokenizers', 'shared_vocabulary', 'stop_ids', 'check_sizes', 'truncate', 'block_influence',
-           'choose_layers', 'lora_targets', 'add_lora', 'save_model', 'resolve_precision']
+           'choose_layers', 'lora_targets', 'add_lora', 'save_model', 'resolve_precision', 'rows_at_once']
 
 # %% ../nbs/09_models.ipynb #1dd7bb7d
 import contextlib, importlib.util, os, re, shutil
@@ -281,3 +281,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
+
+# %% ../nbs/09_models.ipynb #88c6ad1c
+def rows_at_once(chosen: int, device: torch.device, vocab: int) -> int:
+    """Rows of (tokens x vocab) to hold at once: `chosen`, or for 0 what a quarter of a GPU's free
+    memory holds at a dozen float32 tensors a row; on a CPU 128, which stay near its cache."""
+    if chosen or device.type != "cuda": return chosen or 128
+    return max(torch.cuda.mem_get_info(device)[0] // 4 // (12 * 4 * vocab), 128)

@@ -9,7 +9,7 @@ __all__ = ['PAPER_SET_NAMES', 'LAB_SET_NAMES', 'EVAL_SET_NAMES', 'DIVERGENCE_NAM
            'allowed_values', 'parameter_table']
 
 # %% ../nbs/01_parameters.ipynb #22232854
-from typing import Literal, Optional
+from typing import Iterable, Literal, Optional
 from pydantic import BaseModel, ConfigDict, Field
 
 # %% ../nbs/01_parameters.ipynb #71c202a9
@@ -179,6 +179,11 @@ class TextParameters(SpanParameters):
     skd_top_k: int = number(0, "the teacher replaces every token that the student draws outside "
         "its so many best (SKD); 0: none", ge=0)
     max_new_tokens: int = number(48, "longest sampled response, in training and evaluation", ge=1)
+    write_ahead: int = number(1, "updates whose texts the student writes (and SCRG revises) "
+        "together, before the first of them; the last one learns from a student so much older",
+        ge=1)
+    decoding: Literal["auto", "eager", "captured"] = choice("auto", "the loop that writes: eager, "
+        "or captured (a step recorded once and replayed); auto: captured on a GPU")
 
 # %% ../nbs/01_parameters.ipynb #3852a7a7
 class RevisionParameters(TextParameters):
@@ -204,7 +209,8 @@ class OptimiserParameters(RevisionParameters):
         "a batch pads less; 1: none are", ge=1)
     micro_batch_size: int = number(0,
         "sequences of one forward pass of a process; 0: all of its share", ge=0)
-    chunk_tokens: int = number(128, "rows of (tokens x vocabulary) in memory at once", ge=1)
+    chunk_tokens: int = number(128, "rows of (tokens x vocabulary) in memory at once; 0: as many "
+        "as a GPU has room for, on a CPU 128", ge=0)
     compile_student: bool = choice(False, "torch.compile for the student's passes in training: a "
         "slow first step, then faster ones; needs a C++ compiler")
     learning_rate: float = number(1e-4,
@@ -265,8 +271,8 @@ def allowed_values(name: str) -> str:
         for word, sign in BOUNDS.items() if hasattr(m, word)]
     return f"{KINDS[kinds[0]]} {' and '.join(bounds)}".strip()
 
-def parameter_table() -> str:
-    "All parameters as a Markdown table: name, meaning, default, allowed."
+def parameter_table(names: Iterable[str] = EvaluationParameters.model_fields) -> str:
+    "Parameters as a Markdown table: name, meaning, default, allowed."
     rows = [f"| `{name}` | {f.description} | `{f.default!r}` | {allowed_values(name)} |"
-        for name, f in EvaluationParameters.model_fields.items()]
+        for name in names for f in [EvaluationParameters.model_fields[name]]]
     return "\n".join(["| parameter | meaning | default | allowed |", "|---|---|---|---|", *rows])

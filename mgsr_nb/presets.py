@@ -40,6 +40,14 @@ PRESETS = {
         chunk_tokens=2048, max_steps=300, warmup_steps=30, threshold_start=0.5, buffer_size=320,
         eval_prompts=400, eval_batch_size=200, eval_greedy=True, eval_every=50, log_every=10,
         save_samples=12),
+    # a quarter of an hour of one GPU: whole suites of the real pair, with a gap that 300 updates
+    # cannot close; an epoch tunes the teacher, another one heals the cut student
+    "smollm2-gpu": dict(
+        data="dolly", max_tokens=256, max_new_tokens=64, chunk_tokens=4096,
+        teacher_sft_steps=420, student_layers=14, student_sft_steps=420, sft_learning_rate=3e-4,
+        learning_rate=2e-4, batch_size=32, length_buckets=10, max_steps=300, warmup_steps=20,
+        threshold_start=0.5, buffer_size=320, eval_prompts=128, eval_batch_size=128,
+        eval_greedy=True, eval_every=100, checkpoint_every=100, log_every=10, save_samples=8),
     "gpt2-dolly": dict(_whole,
         teacher="openai-community/gpt2-xl", student="openai-community/gpt2"),
     "opt-dolly": dict(_lora,

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .models import head_logits
 from .divergences import forward_kl, log_probs, reverse_kl
 from .decoding import Reading, draw_tokens, noise, starts_of
-from .sampling import Pairs
+from .sampling import Pairs, places
 
 # %% ../nbs/16_scrg.ipynb #767e1dce
 def error_position(kl: Tensor, student_ids: Tensor, teacher_ids: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class SCRG:
         self.max_new_tokens, self.corrections, self.detect = max_new_tokens, corrections, detect
 
     def __call__(self, step: int, pairs: Pairs, rows: Sequence[int]) -> Revision:
-        "The revision of the pairs that are `rows` of the global batch of `step`."
+        "The revision of the pairs that are `rows` of the global batch of `step` (see `places`)."
         student, teacher = self.scorer.read(pairs)
         first = self._once(step, 0, pairs, rows, student, teacher)
         for turn in range(1, self.corrections):
@@ -164,7 +164,7 @@ class SCRG:
 
     def _once(self, step: int, turn: int, pairs: Pairs, rows: Sequence[int], student: Reading,
             teacher: Reading) -> Revision:
-        key = lambda what: [(self.seed, what, step, row, turn) for row in rows]
+        key = lambda what: [(self.seed, what, *place, turn) for place in places(step, rows)]
         j, kl, student_id, teacher_id, rest_log_p = self._detect(self.scorer(pairs, key("teacher"),
                 (student, teacher)), key("detect"))
         prefixes = [corrected_prefix(y, j[b], teacher_id[b]) if j[b] >= 0 else y

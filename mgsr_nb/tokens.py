@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALPACA_HEAD', 'ALPACA_PAIRED', 'TEMPLATES', 'CHAT_DATE', 'SHORTEN', 'GAP', 'LEAST', 'alpaca_prompt', 'on_the_day',
            'make_prompt', 'bos_ids', 'prompt_ids', 'continuation_ids', 'PromptTooLong', 'shortened',
-           'longest_that_fits', 'Encoded', 'encode', 'cut_at_stop', 'Batch', 'collate', 'supervised', 'labels',
-           'batch_indices']
+           'longest_that_fits', 'Encoded', 'encode', 'cut_at_stop', 'Batch', 'collate', 'supervised', 'at_trained',
+           'labels', 'batch_indices']
 
 # %% ../nbs/07_tokens.ipynb #f49edab9
 import random, re
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date
 from functools import lru_cache
+from typing import Optional
 import torch
 from torch import Tensor
 from .data import Example
@@ -164,7 +165,7 @@ def cut_at_stop(ids: Sequence[int], stop_ids: Iterable[int]) -> list[int]:
 # %% ../nbs/07_tokens.ipynb #48568c6e
 @dataclass
 class Batch:
-    """A padded batch, every field [B,T].
+    """A padded batch, every field [B,T] but the last.
 
     Prompt and response tokens are contiguous; pads lie all on one side."""
     input_ids: Tensor       # int64
@@ -172,9 +173,17 @@ class Batch:
     position_ids: Tensor    # int64, counted from the row's first real token; 0 on pads
     response_mask: Tensor   # bool, True where the token is a response token
 
+    # (N,) int64: b * T + t of the rows that are trained (`supervised`), known before it is moved:
+    # to count them on a GPU would be to wait for it
+    trained: Optional[Tensor] = None
+
     def to(self, device) -> "Batch":
-        "The same batch on another device."
-        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+        "The same batch on another device; a GPU fetches it while the program goes on."
+        gpu = torch.device(device).type == "cuda"
+        def moved(x):
+            return None if x is None else (x.pin_memory() if gpu else x).to(device,
+                non_blocking=gpu)
+        return Batch(*(moved(getattr(self, f.name)) for f in fields(self)))
 
 # %% ../nbs/07_tokens.ipynb #d4670829
 def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, side: str = "right",
@@ -194,7 +203,9 @@ def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, s
     real = (place >= 0) & (place < total)
     input_ids = torch.full(real.shape, pad_id)
     input_ids[real] = torch.tensor([i for p, r in pairs for i in (*p, *r)])
-    return Batch(input_ids, real.long(), place * real, real & (place >= lengths[:, :1]))
+    batch = Batch(input_ids, real.long(), place * real, real & (place >= lengths[:, :1]))
+    batch.trained = supervised(batch).flatten().nonzero().squeeze(-1)
+    return batch
 
 # %% ../nbs/07_tokens.ipynb #98cef7d6
 def supervised(batch: Batch) -> Tensor:
@@ -202,11 +213,14 @@ def supervised(batch: Batch) -> Tensor:
     last = torch.zeros_like(batch.response_mask[:, :1])
     return torch.cat([batch.response_mask[:, 1:], last], dim=1)
 
+def at_trained(x: Tensor, batch: Batch) -> Tensor:
+    "(N, ...): `x[supervised(batch)]` of (B, T, ...), row by row, without waiting for the device."
+    return x.flatten(0, 1)[supervised(batch).flatten() if batch.trained is None else batch.trained]
+
 def labels(batch: Batch) -> Tensor:
-    """(N,) int64: the token after each supervised row, in the order of `hidden[supervised(batch)]`
-    (row by row)."""
+    "(N,) int64: the token after each supervised row, in the order of `at_trained`."
     # the column that rolls over the edge is never supervised
-    return batch.input_ids.roll(-1, dims=1)[supervised(batch)]
+    return at_trained(batch.input_ids.roll(-1, dims=1), batch)
 
 # %% ../nbs/07_tokens.ipynb #cf67de49
 @lru_cache(maxsize=8)

@@ -19,7 +19,7 @@ COLUMNS = ("step", "loss", "sft", "dac", "span", "clip_upper", "clip_lower", "ke
 
 def save_teacher(folder: Path) -> str:
     """A LLaMA of three layers, since it has no dropout, with weights that depend on their names alone: not on the order in which a version of transformers draws them.
-    Uniform numbers, here and wherever the library draws, come from torch's Mersenne Twister, which is the same on every CPU; normal numbers and dropout masks are not."""
+    Uniform numbers come from torch's Mersenne Twister here and from integers where the library draws texts: both are the same on every CPU; normal numbers and dropout masks are not."""
     tokenizer = tokenizer_of("llama")
     model = tiny_model("llama", 3, vocab=len(tokenizer))
     with torch.no_grad():

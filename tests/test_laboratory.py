@@ -33,7 +33,7 @@ def test_effects_and_verdicts(results):
     found = {e.better: e for e in lab_effects(results, 'components', against_reference(results, 'components'))}
     assert {c: e.verdict for c, e in found.items()} == {'scrg': HOLDS, 'scrg+dac': OPEN, 'dac': OPEN, 'span': f'{OPEN} (3 seeds)', 'scrg+dac+span': FAILS}
     t = found['scrg'].tests['exact']
-    assert found['scrg'].by_seed == pytest.approx({k: 5 + n for k, n in enumerate(NOISE)})
+    assert found['scrg'].by_seed['exact'] == pytest.approx({k: 5 + n for k, n in enumerate(NOISE)})
     low, high = ttest_1samp([5 + n for n in NOISE], 0).confidence_interval()
     assert (t.mean - t.half, t.mean + t.half) == pytest.approx((low, high))
     assert found['scrg'].tests['truth_kl'].mean == pytest.approx(.1)        # lower is better

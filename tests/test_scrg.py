@@ -2,12 +2,12 @@
 import math, re
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from tiny_models import arrival_times, EOS, KINDS, PAD, tiny_model
+from tiny_models import arrival_times, EOS, KINDS, naive_noise, PAD, tiny_model
 from mgsr_nb.config import RunConfig
 from mgsr_nb.tokens import collate, supervised
 from mgsr_nb.divergences import forward_kl, reverse_kl
 from mgsr_nb.models import hidden_states
-from mgsr_nb.decoding import Reading, generator_for
+from mgsr_nb.decoding import Reading
 from mgsr_nb.sampling import OnPolicy, sampler
 from mgsr_nb.scrg import DIRECTIONS, SCRG, AnyDifference, FirstAbove, MaxKL, Revision, Scorer, Scores, correction_html, corrected_prefix, error_position
 
@@ -201,7 +201,7 @@ def test_any_difference_chooses_each_position_that_differs_equally_often():
 @pytest.mark.pitfall(30, 36)
 def test_pitfall_30_the_random_position_is_a_function_of_seed_step_row_and_turn():
     def naive(row, seed, step, turn):
-        u = torch.rand(6, generator=generator_for(seed, "detect", step, row, turn))
+        u = naive_noise((seed, "detect", step, row, turn), 0, 6)
         return max(CANDIDATES, key=lambda j: u[j])
     rows, asked = [3, 0, 17, *range(100, 150)], [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     found = [any_difference(rows, *a) for a in asked]
@@ -245,11 +245,11 @@ def students_text(student, seed=0, stops=(EOS,)):
 def naive_scores(student, teacher, pair, key, direction="student_teacher", greedy=False):
     """Token by token, without padding: KL from the definition in float64; the teacher's token, the first to arrive of the race with its generator;
     and the log-probability of the student's token by the student and by the teacher."""
-    (x, y), generator, found = pair, generator_for(*key), []
+    (x, y), found = pair, []
     for i in range(len(y)):
         with torch.no_grad(): q, p = (m(input_ids=torch.tensor([x + y[:i]])).logits[0, -1, :V].double().softmax(-1) for m in (student, teacher))
         a, b = (q, p) if direction == "student_teacher" else (p, q)
-        token = int(p.argmax()) if greedy else int((arrival_times(V, generator) / p).argmin())
+        token = int(p.argmax()) if greedy else int((arrival_times(V, key, i) / p).argmin())
         found.append((float((a * (a / b).log()).sum()), token, float(q[y[i]].log()), float(p[y[i]].log())))
     return list(zip(*found))
 
@@ -343,10 +343,10 @@ def same(a, b):
         torch.equal(numbers(a).nan_to_num(nan=1.), numbers(b).nan_to_num(nan=1.))
 
 def naive_write(model, prompt, key, limit):
-    generator, ids = generator_for(*key), []
+    ids = []
     while len(ids) < limit and EOS not in ids:
         with torch.no_grad(): p = model(input_ids=torch.tensor([prompt + ids])).logits[0, -1, :V].softmax(-1)
-        ids.append(int((arrival_times(V, generator) / p).argmin()))
+        ids.append(int((arrival_times(V, key, len(ids)) / p).argmin()))
     return ids
 
 def detector(name, kind):
@@ -364,7 +364,7 @@ def naive_revision(student, teacher, pair, step, row, corrections, pick, **kw):
     for turn in range(corrections):
         kl, teacher_ids, _, log_p = naive_scores(student, teacher, (x, y), (0, "teacher", step, row, turn), **kw)
         errors = [i for i in range(len(y)) if y[i] != teacher_ids[i]]
-        j = pick(errors, kl, torch.rand(len(y), generator=generator_for(0, "detect", step, row, turn))) if errors else -1
+        j = pick(errors, kl, naive_noise((0, "detect", step, row, turn), 0, len(y))) if errors else -1
         if j < 0: continue
         if first[0] < 0: first = j, kl[j], sum(log_p[j + 1:]) / (len(y) - 1 - j) if j < len(y) - 1 else math.nan
         y = y[:j] + [teacher_ids[j]]

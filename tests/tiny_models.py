@@ -1,4 +1,5 @@
 "Tiny random language models, one of each architecture that the library promises, and the tokenizer that fits them. No download, milliseconds."
+import hashlib
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 from toy_tokenizers import byte_level
@@ -30,9 +31,22 @@ def tiny_pair(kind, dtype=torch.float32):
     tokenizer = byte_level(pad_is_eos=False)
     return tiny_model(kind, 2, len(tokenizer), dtype=dtype, seed=1), tiny_model(kind, 3, len(tokenizer), dtype=dtype, seed=2), tokenizer
 
+def splitmix64(state, outputs):
+    "The first outputs of SplitMix64 (Steele et al., 2014) after a state, in plain integers."
+    found = []
+    for _ in range(outputs):
+        state = (state + 0x9E3779B97F4A7C15) % 2 ** 64
+        z = state
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)): z = (z ^ z >> shift) * factor % 2 ** 64
+        found.append(z ^ z >> 31)
+    return found
 
-def arrival_times(vocab, generator):
+def naive_noise(key, place, n):
+    "The n uniform numbers of a key's draw at a place, from the definition, in float64."
+    start = int.from_bytes(hashlib.sha256(repr(tuple(key)).encode()).digest()[:8], "big") - 2 ** 63
+    state, = splitmix64(start + (place - 1) * 0x9E3779B97F4A7C15, 1)
+    return torch.tensor([z % 2 ** 63 / 2 ** 63 for z in splitmix64(state - 0x9E3779B97F4A7C15, n)], dtype=torch.float64)
+
+def arrival_times(vocab, key, place):
     "When each class would arrive if its rate were 1: the race that a text is drawn by, written from its definition."
-    *r, last = torch.rand(vocab + 1, generator=generator).double().tolist()
-    u = torch.tensor([x + last * 2 ** -24 for x in r]).clamp(torch.finfo(torch.float32).tiny, 1)
-    return -torch.log1p(-u)
+    return -torch.log1p(-naive_noise(key, place, vocab).clamp(torch.finfo(torch.float32).tiny, 1))

@@ -165,7 +165,7 @@ class Pair:
         self.o, self.batch, self.new_tokens = o, batch, new_tokens
         self.fixed = dict(teacher=o.teacher, student=o.student, student_layers=o.student_layers, layer_choice='even', teacher_sft_steps=0, precision=o.dtype, eval_sets='tiny', shorten='beginning',
                           max_prompt_tokens=o.prompt_tokens, max_tokens=o.prompt_tokens + new_tokens, max_new_tokens=new_tokens, batch_size=batch, max_steps=10 ** 6,
-                          warmup_steps=0, learning_rate=1e-9, sub_learning_rate=1e-9, chunk_tokens=o.chunk_tokens)
+                          warmup_steps=0, learning_rate=1e-9, sub_learning_rate=1e-9, chunk_tokens=o.chunk_tokens, **getattr(o, 'parameters', {}))
         self.setup = prepare(resolve(self.fixed), cpu=o.device == 'cpu')
         self.replace = dataclasses.replace
         self.setup.train, self.setup.stops = self.examples(), []

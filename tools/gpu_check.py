@@ -2,8 +2,8 @@
 
     python tools/gpu_check.py [--device cuda] [-p NAME VALUE] [--quickstart] [--performance]
 
-1. Every method, two optimiser steps on the same text: losses in float32 and in bfloat16 autocast
-   against those of the CPU.
+1. Every method, three optimiser steps on the same text: losses in float32 and in bfloat16
+   autocast against those of the CPU.
 2. The quickstart, as a person would run it (with --quickstart), and the performance script at
    sizes for a GPU (with --performance).
 
@@ -34,12 +34,12 @@ def trainer_of(parameters: dict, device: str, precision: str):
     return trainer
 
 def losses(parameters: dict, device: str, precision: str, texts=None):
-    """Losses of two steps, and the text that each was distilled on: what was sampled here, or what
-    `texts` prescribes."""
+    """Losses of the first steps, and the text that each was distilled on: what was sampled here, or
+    what `texts` prescribes."""
     from mgsr_nb.run.step import Distilled
     trainer = trainer_of(parameters, device, precision)
     config, found, used = trainer.setup.config, [], []
-    for step in range(2):
+    for step in range(STEPS):
         if texts is None: examples, text, _ = trainer.writer.draw(step)
         else:
             examples, text, _ = texts[step]
@@ -52,28 +52,42 @@ def losses(parameters: dict, device: str, precision: str, texts=None):
         trainer.progress.step += 1
     return found, used
 
-SHORT = dict(teacher_sft_steps=0, max_steps=2, warmup_steps=0, eval_every=0, eval_prompts=2)
+STEPS = 3
+SHORT = dict(teacher_sft_steps=0, max_steps=STEPS, warmup_steps=0, eval_every=0, eval_prompts=2)
+
+def precisions_on(device: str) -> list[str]:
+    # a processor without bfloat16 instructions takes hours for it
+    return [p for p in TOLERANCE if device != "cpu" or p == "float32"]
+
+def of_method(method: str, parameters: dict, device: str) -> dict:
+    """The first losses of a method: `cpu`, and for each precision on the device `losses`, the worst
+    `relative` difference, and whether that is `within` the tolerance."""
+    from mgsr_nb.presets import METHODS
+    chosen = {**parameters, "method": method, **SHORT}
+    # so that student text is compared
+    if METHODS[method].get("sampling") in ("mixed", "off_policy"): chosen["sampling"] = "on_policy"
+    reference, texts = losses(chosen, "cpu", "float32")
+    rows = {"cpu": reference}
+    for precision in precisions_on(device):
+        found, _ = losses(chosen, device, precision, texts)
+        worst = max(abs(a - b) / abs(a) for a, b in zip(reference, found))
+        rows[precision] = dict(losses=found, relative=worst, within=worst <= TOLERANCE[precision])
+    return rows
 
 def compare(parameters: dict, device: str, report) -> bool:
     "One row a method; whether all are within the tolerance."
     from mgsr_nb.presets import METHODS
-    good = True
-    # a processor without bfloat16 instructions takes hours for it
-    precisions = [p for p in TOLERANCE if device != "cpu" or p == "float32"]
-    heads = [f"{device + ' ' + p:>22} {'relative':>9}" for p in precisions]
-    report(f"{'method':18} {'CPU float32':>22} " + " ".join(heads))
-    for method, composition in METHODS.items():
-        chosen = {**parameters, "method": method, **SHORT}
-        # so that student text is compared
-        if composition.get("sampling") in ("mixed", "off_policy"): chosen["sampling"] = "on_policy"
-        reference, texts = losses(chosen, "cpu", "float32")
-        cells = [f"{method:18} {show(reference):>22}"]
-        for precision in precisions:
-            found, _ = losses(chosen, device, precision, texts)
-            worst = max(abs(a - b) / abs(a) for a, b in zip(reference, found))
-            within = worst <= TOLERANCE[precision]
-            good &= within
-            cells.append(f"{show(found):>22} {worst:8.1e}{' ' if within else '!'}")
+    good, precisions = True, precisions_on(device)
+    heads = [f"{device + ' ' + p:>31} {'relative':>9}" for p in precisions]
+    report(f"{'method':18} {'CPU float32':>31} " + " ".join(heads))
+    for method in METHODS:
+        rows = of_method(method, parameters, device)
+        cells = [f"{method:18} {show(rows['cpu']):>31}"]
+        for p in precisions:
+            row = rows[p]
+            good &= row["within"]
+            mark = " " if row["within"] else "!"
+            cells.append(f"{show(row['losses']):>31} {row['relative']:8.1e}{mark}")
         report(" ".join(cells))
     return good
 

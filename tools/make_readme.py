@@ -49,9 +49,11 @@ def prepare(cell):
     if re.search(r'^echo:\s*false', said, re.M):
         cell.metadata['transient'] = {'remove_source': True}
     for out in cell.outputs:
-        html = out.get('data', {}).get('text/html')
+        data = out.get('data', {})
+        if 'text/markdown' in data: data['text/markdown'] = move_links(data['text/markdown'])
+        html = data.get('text/html')
         # GitHub prints the text of a <style> element
-        if html: out['data']['text/html'] = STYLE.sub('', html)
+        if html: data['text/html'] = STYLE.sub('', html)
     return cell
 
 

@@ -17,8 +17,9 @@ from ..config import RunConfig
 from ..files import artefact, file_digest, write_json
 from ..tokens import Encoded, batch_indices, collate
 from ..lab import LAB, lab_sizes
-from ..models import (
-    BUILTIN, GGUF_DIGEST, add_lora, block_influence, choose_layers, load_model, truncate)
+from mgsr_nb.models import (
+    BUILTIN, GGUF_DIGEST, add_lora, block_influence, choose_layers, load_model, rows_at_once,
+    truncate)
 from ..objective import NLL, Objective
 from .step import Distiller, make_optimizer, micro_batches, schedule_factor
 from .engine import check_finite, precision_of
@@ -30,7 +31,8 @@ def fine_tune(model: nn.Module, examples: Sequence[Encoded], steps: int, config:
     the loss of each step in nats a token."""
     c, device, losses = config, next(model.parameters()).device, []
     torch.manual_seed(0)  # dropout
-    distiller = Distiller(model, Objective({"sft": NLL()}, {"sft": 1.}, c.chunk_tokens), None,
+    chunk = rows_at_once(c.chunk_tokens, device, vocab)
+    distiller = Distiller(model, Objective({"sft": NLL()}, {"sft": 1.}, chunk), None,
         vocab).train()
     peak, micro_size = c.sft_peak, c.micro_batch_size or c.batch_size
     optimizer = make_optimizer(distiller, peak, peak, c.weight_decay)

@@ -104,7 +104,8 @@ def activations(phase: str, rows: int, lengths: list[int], token: float) -> Item
 
 def chunk(phase: str, c: RunConfig, s: Sizes) -> Item:
     "The objective's share."
-    copies, rows = chunk_copies(c), c.chunk_tokens + 1
+    # 0 fills what is free: a thousand rows are what it should have
+    copies, rows = chunk_copies(c), (c.chunk_tokens or 1024) + 1
     return Item(phase, "chunk", copies * rows * s.vocab * 4,
                 f"{copies:.0f} float32 tensors of {rows} x {s.vocab:,}, measured on few classes")
 
@@ -199,7 +200,7 @@ def writing(c: RunConfig, s: Sizes) -> list[Item]:
     if not c.distils or c.sampling == "fixed": return []
     models = {"student": s.student}
     if c.scrg or c.pg_weight > 0 or c.teacher_mix > 0 or c.skd_top_k: models["teacher"] = s.teacher
-    return texts("writing", c, s, models, c.batch_size)
+    return texts("writing", c, s, models, c.batch_size * c.write_ahead)
 
 def evaluation(c: RunConfig, s: Sizes) -> list[Item]:
     "The answers of the model with the larger keys: teacher and student answer one after the other."

@@ -19,7 +19,8 @@ from ..config import ConfigError, RunConfig
 from ..files import read_json, write_atomic, write_json
 from ..data import EVAL_SETS, blank_note, load_eval_set, load_train, place_of, subset_note
 from ..tokens import Encoded, PromptTooLong, batch_indices, encode
-from ..models import add_lora, load_tokenizer, shared_vocabulary, stop_ids
+from ..models import (
+    add_lora, load_tokenizer, rows_at_once, shared_vocabulary, stop_ids)
 from ..sampling import sampler
 from ..answers import score_answers, wordless, wordless_note
 from ..evaluation import answers, held_out, response_states
@@ -50,6 +51,11 @@ class Setup:
     # the teacher's hidden states of validation and test texts, by set
     states: dict = field(default_factory=dict)
 
+    @property
+    def chunk(self) -> int:
+        "Rows of (tokens x vocabulary) at once (`rows_at_once`)."
+        return rows_at_once(self.config.chunk_tokens, self.accelerator.device, self.vocab)
+
     def order(self, step: int) -> list[int]:
         "Indices of the training examples of a step."
         c = self.config
@@ -60,7 +66,7 @@ class Setup:
         "`held_out` of a model on the validation examples, under the run's autocast."
         with self.accelerator.autocast():
             return held_out(model, self.teacher, self.validation, self.tokenizer.pad_token_id,
-                self.vocab, chunk_tokens=self.config.chunk_tokens,
+                self.vocab, chunk_tokens=self.chunk,
                 known=self.states.get("validation"))
 
     def rouge_l(self, model: nn.Module) -> float:
@@ -74,7 +80,7 @@ class Setup:
         """`sample(prompts, keys, limits, past)` of `model`, with the teacher's `help` (a share, a
         veto, see notebook 14), at a temperature, under the run's autocast."""
         inner = sampler(model, self.stops, self.tokenizer.pad_token_id, self.vocab,
-            (self.teacher, *help), temperature)
+            (self.teacher, *help), temperature, self.config.decoding)
         def sample(*args):
             with self.accelerator.autocast(): return inner(*args)
         return sample

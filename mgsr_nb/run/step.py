@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Callable, Optional, Sequence
 import torch
 from torch import Tensor, nn
-from ..tokens import Batch, Encoded, collate, labels, supervised
+from ..tokens import Batch, Encoded, at_trained, collate, labels
 from ..models import decoder, head, hidden_states
 from ..span import pair_weights
 from ..objective import Objective, Text
@@ -38,9 +38,8 @@ class Distiller(nn.Module):
     def text(self, batch: Batch, with_teacher: bool, known: Optional["Micro"] = None) -> Text:
         """The supervised positions of a batch: the student's hidden states with gradient, the
         teacher's without, unless they are `known`."""
-        rows = supervised(batch)
-        text = Text(hidden_states(self.student, batch, self._compiled[0])[rows], labels(batch),
-            head(self.student), vocab=self.vocab)
+        hidden = hidden_states(self.student, batch, self._compiled[0])
+        text = Text(at_trained(hidden, batch), labels(batch), head(self.student), vocab=self.vocab)
         if known:
             text.pair_weight = known.pair_weight
             text.policy = known.policy
@@ -48,9 +47,10 @@ class Distiller(nn.Module):
         if with_teacher:
             text.teacher_head = head(self.teacher)
             if text.teacher_hidden is None:
-                with torch.no_grad(): text.teacher_hidden = hidden_states(self.teacher, batch)[rows]
+                with torch.no_grad():
+                    text.teacher_hidden = at_trained(hidden_states(self.teacher, batch), batch)
             if self.known:
-                keys = self.known.keys(batch)[rows]
+                keys = at_trained(self.known.keys(batch), batch)
                 text.view = lambda logits, part: self.known(logits, keys[part])
         return text
 

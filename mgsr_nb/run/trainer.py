@@ -38,43 +38,68 @@ class Writer:
         inner = setup.sampler(setup.student, (c.teacher_mix, c.skd_top_k, self.replaced))
         def sample(*args):
             with clock.part("generation"): return inner(*args)
-        self.source = make_source(c, sample)
+        self.source, self.ahead = make_source(c, sample), {}
+        # of the global batch, this process's share
+        rows = list(range(c.batch_size))
+        self.rows = rows[accelerator.process_index::accelerator.num_processes]
         self.scorer = Scorer(setup.student, setup.teacher, setup.tokenizer.pad_token_id,
-            setup.vocab, c.scrg_direction, c.scrg_teacher_token, c.chunk_tokens)
+            setup.vocab, c.scrg_direction, c.scrg_teacher_token, setup.chunk)
         self.revise = None
         if c.scrg:
             self.revise = SCRG(self.scorer, sample, setup.stops, c.seed, c.max_new_tokens,
                 c.scrg_corrections, make_detector(c))
 
+    def examples(self, step: int) -> list:
+        "The training examples of this process's share of a step."
+        order = self.setup.order(step)
+        return [self.setup.train[order[row]] for row in self.rows]
+
     def draw(self, step: int):
         """The step's examples of this process, the text to distil on (None, 'data' or `Distilled`),
         and notes about it."""
-        a, c = self.accelerator, self.config
-        rows = list(range(c.batch_size))[a.process_index::a.num_processes]
-        order = self.setup.order(step)
-        examples = [self.setup.train[order[row]] for row in rows]
+        c, rows, examples = self.config, self.rows, self.examples(step)
         if not c.distils: return examples, None, {}
-        self.replaced.clear()
-        pairs, origin = self.source(step, examples, rows)
+        if c.write_ahead > 1: return examples, *self.written_ahead(step)
+        pairs, origin, vetoes = self.written(step, examples, rows)
         notes = {"by_student": float(origin != "data"), "new_text": float(origin == "student")}
         if origin == "data": return examples, "data", notes
         if origin != "student": return examples, Distilled(pairs), notes
-        notes |= self._vetoes(pairs)
         text, noted = self.look_at(step, pairs, rows)
         if c.sampling == "off_policy":
             everyone = sorted(zip(gather_object(rows), gather_object(text.pairs)))
             # in the order of the batch, whoever wrote what
             self.source.remember([pair for _, pair in everyone])
-        return examples, text, notes | noted
+        return examples, text, notes | vetoes | noted
 
-    def _vetoes(self, pairs: Pairs) -> dict:
-        "Share of the tokens that the teacher replaced (SKD), of all processes."
-        if not self.config.skd_top_k: return {}
+    def written(self, step: int | Sequence[int], examples: list,
+            rows: Sequence[int]) -> tuple[Pairs, str, dict]:
+        """The source's pairs and their origin, and as a note the share of the tokens that the
+        teacher replaced, of all processes (SKD)."""
+        self.replaced.clear()
+        pairs, origin = self.source(step, examples, rows)
+        if origin != "student" or not self.config.skd_top_k: return pairs, origin, {}
         mine = sum(int(r.sum()) for r in self.replaced), sum(len(y) for _, y in pairs)
         replaced, tokens = map(sum, zip(*gather_object([mine])))
-        return {"skd_replaced": replaced / max(tokens, 1)}
+        return pairs, origin, {"skd_replaced": replaced / max(tokens, 1)}
 
-    def look_at(self, step: int, pairs: Pairs, rows: Sequence[int]) -> tuple[Distilled, dict]:
+    def written_ahead(self, step: int) -> tuple[Distilled, dict]:
+        """The text of a step and notes, written and looked at together with those of the steps up
+        to the next multiple of `write_ahead`."""
+        if step not in self.ahead:
+            c, share = self.config, len(self.rows)
+            end = min(step - step % c.write_ahead + c.write_ahead, c.max_steps)
+            steps = [s for s in range(step, end) for _ in self.rows]
+            examples, rows = sum(map(self.examples, range(step, end)), []), self.rows * (end - step)
+            pairs, _, vetoes = self.written(steps, examples, rows)
+            text, notes = self.look_at(steps, pairs, rows)
+            notes |= vetoes
+            self.ahead = {s: (text.part(range(i * share, (i + 1) * share)), notes)
+                for i, s in enumerate(range(step, end))}
+        text, notes = self.ahead.pop(step)
+        return text, {"by_student": 1., "new_text": 1., **notes}
+
+    def look_at(self, step: int | Sequence[int], pairs: Pairs,
+            rows: Sequence[int]) -> tuple[Distilled, dict]:
         """What happens to new student text: SCRG revises it, a policy gradient notes who would have
         written it how gladly, or nothing."""
         with self.accelerator.autocast():
@@ -82,7 +107,7 @@ class Writer:
             if self.config.pg_weight > 0: return self._weighed(pairs), {}
             return Distilled(pairs), {}
 
-    def _revised(self, step: int, pairs: Pairs, rows: Sequence[int]) -> tuple[Distilled, dict]:
+    def _revised(self, step, pairs: Pairs, rows: Sequence[int]) -> tuple[Distilled, dict]:
         found = self.revise(step, pairs, rows)
         corrected = [None if math.isnan(before) else (j, before)
             for j, before in zip(found.position, found.rest_log_p)]
@@ -115,6 +140,7 @@ class Trainer:
         self.writer = Writer(setup, a, self.clock)
         self.find_spans = self._span_finder() if c.span_weight > 0 else lambda ids: []
         objective = make_objective(c, setup.vocab).to(a.device)
+        objective.chunk_tokens = setup.chunk
         distiller = Distiller(setup.student, objective, setup.teacher, setup.vocab,
             c.compile_student, make_known(c)).train()
         optimizer = make_optimizer(distiller, c.learning_rate, c.sub_learning_rate, c.weight_decay)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEFORE', 'TEACHER', 'OF_ANSWERS', 'OF_STEPS', 'sets_of', 'suite_scores', 'markdown_table', 'score_table',
            'suite_effects', 'suite_claims', 'effect_table', 'claim_table', 'results_table', 'results_csv',
-           'write_results_csv', 'spread_of_sets', 'sensitivity', 'suite_logs', 'where_limits_ended', 'of_answers',
+           'write_results_csv', 'spread_of_sets', 'sensitivity_table', 'suite_logs', 'where_limits_ended', 'of_answers',
            'diagnostics', 'diagnostics_table']
 
 # %% ../../nbs/47_tables.ipynb #708883c9
@@ -46,6 +46,10 @@ def suite_scores(results: Results, suite: str) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 # %% ../../nbs/47_tables.ipynb #3ff114db
+def _listed(words: Sequence[str]) -> str:
+    "a, b and c"
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else list(words))
+
 def markdown_table(rows: Sequence[dict]) -> str:
     "Rows of text as a Markdown table; empty without rows."
     if not rows: return ""
@@ -58,17 +62,16 @@ def _number(x: float, digits: int, sign: bool = False) -> str:
     return text if float(text) else text.replace("-", "").replace("+", "")      # no -0.000
 
 def _interval(e: Estimate, metric: str, sign: bool = True) -> str:
-    "mean [low, high]"
-    mean, low, high = (_number(x, METRICS[metric].digits, sign) for x in (e.mean, e.low, e.high))
-    return f"{mean} [{low}, {high}]"
+    "mean ± half the width of the interval"
+    digits = METRICS[metric].digits
+    return f"{_number(e.mean, digits, sign)} ± {_number((e.high - e.low) / 2, digits)}"
 
 # %% ../../nbs/47_tables.ipynb #30fd4f1f
 def _cell_text(r) -> str:
-    "mean ± sd, and below it the interval; no line is broken in them."
+    "mean ± sd; no line is broken in it."
     digits = METRICS[r.metric].digits
-    sd = f" ± {_number(r.sd, digits)}" if r.seeds > 1 else ""
-    return (f"{_number(r['mean'], digits)}{sd}<br>[{_number(r.low, digits)}, "
-        f"{_number(r.high, digits)}]".replace(" ", "&nbsp;"))
+    sd = f"&nbsp;±&nbsp;{_number(r.sd, digits)}" if r.seeds > 1 else ""
+    return f"{_number(r['mean'], digits)}{sd}"
 
 def _column(metric: str, where: str) -> str:
     if where == "validation": return f"validation {metric.upper()}"
@@ -113,13 +116,14 @@ def suite_claims(results: Results, suite: str) -> pd.DataFrame:
 
 # %% ../../nbs/47_tables.ipynb #65a0ab5d
 def effect_table(effects: pd.DataFrame) -> str:
-    "`suite_effects` as a Markdown table."
+    "`suite_effects` as a Markdown table: how much better each cell is, and the verdict by NLL."
     rows = []
     for cell, part in effects.groupby("cell", sort=False):
-        rows.append({"cell": f"`{cell}`", "seeds": part.seeds.iloc[0]} |
-                    {f"{METRICS[r.metric].label}, {METRICS[r.metric].unit}":
-                        f"{_interval(r, r.metric)}<br>{_side(r.verdict)}"
-                        for r in part.itertuples()})
+        by_metric = {r.metric: r for r in part.itertuples()}
+        rows.append({"cell": f"`{cell}`", "seeds": part.seeds.iloc[0]}
+            | {f"{METRICS[m].label}, {METRICS[m].unit}": _interval(r, m)
+                for m, r in by_metric.items()}
+            | {"by NLL": _side(by_metric[DECIDING].verdict)})
     return markdown_table(rows)
 
 def _side(text: str) -> str: return {HOLDS: "**better**", FAILS: "**worse**"}.get(text, text)
@@ -183,22 +187,21 @@ def spread_of_sets(results: Results, suite: str) -> pd.Series:
                     for runs in cells]) for s in sets_of(results,
                 suite)}).sort_values(ascending=False)
 
-def sensitivity(results: Results, suite: str, pairs: dict[str, tuple[str, str]]) -> str:
-    """Markdown: how much better the first cell of each pair is than the second by NLL, without the
-    set on which training seeds differ most. `pairs`: {name: (cell, other cell)}. Empty with fewer
-    than two seeds or sets."""
+def sensitivity_table(results: Results, suite: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """Markdown: how much better the first cell of each pair is than the second by NLL, on all sets
+    and without the one on which training seeds differ most. Empty with fewer than two seeds or
+    sets."""
     spread = spread_of_sets(results, suite)
-    found = {name: d for name, (a, b) in pairs.items() if len(spread) > 1
-        and (d := paired(results, suite, a, b, where=WITHOUT + spread.index[0]))}
-    if not found: return ""
-    tokens = next(r.metrics["student"]["test"][spread.index[0]]["tokens"]
-        for r in results.runs if r.suite == suite and r.usable)
-    return ("*Added after the runs were seen, for no verdict:* training seeds differ most on "
-        f"`{spread.index[0]}`, whose references have {tokens} tokens in all (standard deviation "
-        f"of its NLL over seeds {spread.iloc[0]:.3f} nats; of the other sets at most "
-        f"{spread.iloc[1]:.3f}). "
-            "Without it, NLL is better by: " + "; ".join(f"{name} {_interval(d, DECIDING)}"
-                for name, d in found.items()) + ".")
+    if len(spread) < 2: return ""
+    rows = []
+    for a, b in pairs:
+        everywhere = paired(results, suite, a, b)
+        without = everywhere and paired(results, suite, a, b, where=WITHOUT + spread.index[0])
+        if without:
+            rows.append({"cell": f"`{a}`", "rather than": f"`{b}`",
+                    "all sets": _interval(everywhere, DECIDING),
+                    f"without `{spread.index[0]}`": _interval(without, DECIDING)})
+    return markdown_table(rows)
 
 # %% ../../nbs/47_tables.ipynb #7cea107d
 def suite_logs(results: Results, suite: str) -> pd.DataFrame:

@@ -1,0 +1,96 @@
+"Sentences that people wrote, held against the runs; and the first pages that show them."
+import ast, json, re
+from pathlib import Path
+import matplotlib; matplotlib.use('agg')
+import nbformat, pytest
+from IPython.display import Markdown
+from mgsr_nb.study.findings import Finding, evidence, finding_line, findings_list, findings_plot, outdated, read_findings, read_pairs
+from mgsr_nb.study.laboratory import read_lab
+from mgsr_nb.study.statistics import HOLDS
+from test_pages import FINDING, lab_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+@pytest.fixture(scope='module')
+def committed():
+    "The findings and the runs that they stand on."
+    return read_findings(ROOT/'runs'), read_pairs(ROOT/'runs')
+
+def test_every_finding_is_what_the_runs_say(committed):
+    findings, pairs = committed
+    assert findings and outdated(findings, pairs) == []
+
+def test_the_first_page_has_at_most_seven_and_each_is_one_line(committed):
+    front = [f for f in committed[0] if f.front]
+    assert 1 <= len(front) <= 7 and all(len(f.says.split()) <= 20 and len(f.label) <= 45 for f in committed[0])
+
+def test_a_number_that_moved_is_named(tmp_path):
+    lab_runs(tmp_path)
+    pairs = {'lab': read_lab(tmp_path)}
+    test, verdict = evidence(FINDING, pairs['lab'])
+    assert (test.seeds, verdict) == (5, HOLDS) and outdated([FINDING], pairs) == []
+    for wrong in (dict(number='+3.3 ± 0.2'), dict(verdict='negligible')):
+        (line,) = outdated([Finding(**vars(FINDING) | wrong)], pairs)
+        assert line.startswith('SCRG: ') and '+3.2 ± 0.2, holds' in line
+    with pytest.raises(ValueError, match='SCRG: no two seeds'): evidence(Finding(**vars(FINDING) | dict(better='span')), pairs['lab'])
+
+def test_a_line_has_one_number_its_verdict_and_a_link():
+    assert findings_list([FINDING]) == '- **SCRG helps.** exact +3.2 ± 0.2 points, *better*: [laboratory](report.ipynb#components).'
+    assert findings_list([FINDING], page='').endswith('(#components).') and finding_line(FINDING).endswith(': laboratory.')
+
+def test_the_figure_counts_in_margins(tmp_path):
+    lab_runs(tmp_path)
+    figure = findings_plot([FINDING], {'lab': read_lab(tmp_path)})
+    dot = next(l for l in figure.axes[0].lines if l.get_marker() == 'o')
+    assert dot.get_xdata()[0] == pytest.approx(3.2) and dot.get_color() == 'C2' and len(figure.get_label().split()) > 10
+
+
+# ---- what is committed
+
+def outputs(notebook): return [o.data['text/markdown'] for c in nbformat.read(ROOT/'nbs'/f'{notebook}.ipynb', as_version=4).cells if c.cell_type == 'code' for o in c.outputs if 'text/markdown' in o.get('data', {})]
+
+def test_the_first_pages_show_the_findings(committed):
+    front = [f for f in committed[0] if f.front]
+    assert findings_list(front) in outputs('index') and findings_list(front, page='') in outputs('report'), 'run `make report`'
+
+def test_the_page_of_all_tables_is_that_of_the_runs(committed):
+    from mgsr_nb.study.overview import contradictions, correlations
+    from mgsr_nb.study.pages import lab_markdown, suite_markdown
+    lab, real = committed[1]['lab'], committed[1]['smollm2']
+    shown = outputs('details')
+    for name in real.names: assert suite_markdown(real, name) in shown, f'{name}: run `make report`'
+    for name in lab.names: assert lab_markdown(lab, name) in shown, f'{name}: run `make report`'
+    assert contradictions(real) in shown and correlations(real) in shown
+
+def test_the_example_in_the_documentation_is_the_committed_quickstart(monkeypatch):
+    monkeypatch.chdir(ROOT/'nbs')
+    *before, last = ast.parse(next(c.source for c in nbformat.read('usage.ipynb', as_version=4).cells if 'runs/examples/quickstart/metrics.json' in c.source)).body
+    names = dict(json=json, Path=Path, Markdown=Markdown)
+    exec(compile(ast.Module(before, []), 'usage', 'exec'), names)
+    assert eval(compile(ast.Expression(last.value), 'usage', 'eval'), names).data in outputs('usage'), 'run `make report`'
+
+@pytest.mark.parametrize('notebook', ['report', 'details'])
+def test_a_report_has_its_parameter(notebook):
+    tagged = [c for c in nbformat.read(ROOT/'nbs'/f'{notebook}.ipynb', as_version=4).cells if 'parameters' in c.metadata.get('tags', [])]
+    assert len(tagged) == 1 and tagged[0].source.startswith('runs_dir = ')
+
+
+# ---- pages that are read in a minute
+
+def unfolded(text): return re.sub(r'<details>.*?</details>', '', text, flags=re.S)
+
+def test_the_readme_has_at_most_1000_words_outside_folds():
+    words = [w for w in unfolded((ROOT/'README.md').read_text(encoding='utf-8')).split() if re.search(r'\w', w)]       # without the bars of tables
+    assert 300 < len(words) <= 1000
+
+@pytest.mark.parametrize('notebook', ['report', 'index'])
+def test_no_paragraph_over_80_words_and_no_sentence_with_two_intervals(notebook):
+    cells = nbformat.read(ROOT/'nbs'/f'{notebook}.ipynb', as_version=4).cells
+    texts = [c.source for c in cells if c.cell_type == 'markdown'] + outputs(notebook)
+    for paragraph in (p for t in texts for p in re.split(r'\n\s*\n|\n(?=- )', unfolded(t)) if not p.startswith(('|', '```'))):
+        assert len(paragraph.split()) <= 80, paragraph
+        for sentence in re.split(r'(?<=[.!?])\s', paragraph): assert sentence.count('±') <= 1, sentence
+
+def test_tables_of_the_results_have_at_most_six_columns():
+    rows = [line for t in outputs('report') for line in t.splitlines() if line.startswith('|')]
+    assert rows and max(line.count('|') for line in rows) <= 7

@@ -1,0 +1,88 @@
+"What is said of a suite: on the page of all tables, and on one screen."
+import re
+import pytest
+from IPython.display import Image, Markdown
+from mgsr_nb.files import write_json
+from mgsr_nb.study import pages
+from mgsr_nb.study.findings import Finding
+from mgsr_nb.study.laboratory import SCORES, read_lab
+from mgsr_nb.study.pages import gaps, lab_markdown, setting, show_page, suite_figures, suite_markdown
+from mgsr_nb.study.records import read_results, write_toy_run
+from mgsr_nb.study.suites import SUITES as KNOWN
+from toy_suites import SUITES, add, results, two_sets, uneven
+
+def test_an_unknown_suite_is_shown_against_its_first_cell(tmp_path):
+    for cell in 'ba': add(tmp_path, 'zoo', cell, 0)
+    found = read_results(tmp_path, SUITES)
+    assert found.described('zoo').reference == 'a' and '`b`' in suite_markdown(found, 'zoo') and len(suite_figures(found, 'zoo')) == 2
+
+def test_missing_cells_are_named(tmp_path):
+    add(tmp_path, 'loss_weights', 'one', 0)
+    assert 'Not run: `no_span`, `half`' in gaps(read_results(tmp_path, SUITES), 'loss_weights').replace(' and ', ', ')
+
+def test_setting_names_every_value_that_runs_recorded(tmp_path):
+    add(tmp_path, 'spans', 'none', 0)
+    write_toy_run(tmp_path, 'spans', 'none', 1, two_sets(), config=dict(max_steps=12), machine=dict(torch='2.10'))
+    assert '12 and 24 steps' in setting(read_results(tmp_path, SUITES), 'spans') and 'torch 2.10 and 2.9' in setting(read_results(tmp_path, SUITES), 'spans')
+
+def test_notes_of_the_data_are_printed_once(results): assert suite_markdown(results, 'loss_weights').count('uinst: NOT its set') == 1
+
+def test_suite_without_runs_says_so(results):
+    assert '**Not run yet:** `mgsr-ablate spans`' in suite_markdown(results, 'spans')
+    assert results.not_run == ['fixed_clipping', 'spans']
+
+def test_every_figure_of_a_suite_says_what_it_shows(results):
+    assert all(len(f.get_label().split()) > 10 for f in suite_figures(results, 'loss_weights'))
+
+def test_the_page_of_all_tables_has_every_part(tmp_path):
+    text = suite_markdown(uneven(tmp_path), 'spans')
+    for said in ('2 of 2 cells, 3 training seeds, 3 prompts of 2 sets', 'for no verdict:* the same by NLL without', '| without `b` |', 'What the paper claims (1 claim tested here)'): assert said in text, said
+    assert all(len(p.split()) <= 80 for p in text.split('\n\n') if not p.startswith('|'))
+
+def shown(monkeypatch, *args):
+    found = []
+    monkeypatch.setattr('IPython.display.display', lambda *parts: found.extend(parts))
+    show_page(*args)
+    return found
+
+def lab_runs(root, gain=3., seeds=5):
+    for cell in ('none', 'scrg'):
+        for k in range(seeds):
+            scores = {s: m.better * (10. + k + (cell == 'scrg') * (gain + .1 * k)) for s, m in SCORES.items()}
+            tests = {'lab': scores | dict(prompts=400)}
+            write_json(root/f'components+lab/{cell}/seed{k}/metrics.json', {'config': dict(save_prompts=False), **{who: dict(average=scores, test=tests) for who in ('student', 'student_start', 'teacher')}})
+
+FINDING = Finding('SCRG helps.', 'SCRG', 'lab', 'components', 'scrg', 'none', 'exact', '+3.2 ± 0.2', 'holds')
+
+def test_a_suite_on_one_screen_is_that_of_the_laboratory_where_it_ran(tmp_path, monkeypatch):
+    for cell in ('none', 'scrg'):
+        for k in range(3): add(tmp_path, 'components', cell, k)
+    real = read_results(tmp_path)
+    only_real = shown(monkeypatch, {'lab': read_lab(tmp_path), 'smollm2': real}, [FINDING], 'components')
+    assert [type(p) for p in only_real] == [Markdown, Image, Markdown] and '| NLL |' in only_real[2].data and 'not resolved (3 seeds)' in only_real[2].data
+    assert only_real[0].data.startswith('*What does each component add') and '- **SCRG helps.**' in only_real[0].data
+    lab_runs(tmp_path)
+    both = shown(monkeypatch, {'lab': read_lab(tmp_path), 'smollm2': real}, [], 'components')
+    assert [type(p) for p in both] == [Markdown, Image, Markdown] and '| exact |' in both[2].data and '**holds**' in both[2].data and '| NLL |' not in both[2].data
+    header = both[2].data.split('\n\n')[1].splitlines()[0]
+    assert header.count('|') == 7                                    # six columns
+    assert 'SCRG helps' not in both[0].data
+
+def test_a_suite_without_runs_or_with_one_seed_says_so(tmp_path, monkeypatch):
+    nothing = shown(monkeypatch, {'lab': read_lab(tmp_path), 'smollm2': read_results(tmp_path)}, [], 'spans')
+    assert nothing[-1].data == 'Not run yet: `mgsr-ablate spans`.'
+    for cell in ('phrases', 'none'): add(tmp_path, 'spans', cell, 0)
+    single = shown(monkeypatch, {'lab': read_lab(tmp_path), 'smollm2': read_results(tmp_path)}, [], 'spans')
+    assert 'A single seed tests nothing' in single[-1].data
+
+def test_all_scores_of_the_laboratory_are_on_the_page_of_all_tables(tmp_path):
+    lab_runs(tmp_path)
+    text = lab_markdown(read_lab(tmp_path), 'components')
+    assert all(m.label in text for m in SCORES.values()) and '*Expected before the runs:*' in text and '400 prompts of 1 set.' in text
+
+def test_the_reports_have_a_section_for_every_suite():
+    import nbformat
+    from pathlib import Path
+    for name in ('report', 'details'):
+        source = '\n'.join(c.source for c in nbformat.read(Path(__file__).resolve().parents[1]/'nbs'/f'{name}.ipynb', as_version=4).cells)
+        assert sorted(re.findall(r'^show\("(\w+)"\)$', source, re.M)) == sorted(KNOWN), name
