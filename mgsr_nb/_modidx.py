@@ -57,7 +57,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mgsr_nb.config.RunConfig.eval_set_list': ('config.html#runconfig.eval_set_list', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.RunConfig.limits': ('config.html#runconfig.limits', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config.RunConfig.sft_peak': ('config.html#runconfig.sft_peak', 'mgsr_nb/config.py'),
-                                'mgsr_nb.config._check_ahead': ('config.html#_check_ahead', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config._check_batch': ('config.html#_check_batch', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config._check_chat_date': ('config.html#_check_chat_date', 'mgsr_nb/config.py'),
                                 'mgsr_nb.config._check_classes': ('config.html#_check_classes', 'mgsr_nb/config.py'),

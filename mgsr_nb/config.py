@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Iterable, Literal
 from pydantic import ValidationError, field_validator, model_validator
 from .presets import METHODS, PRESETS, named_parameters
-from .parameters import (
-    EVAL_SET_NAMES, LAB_SET_NAMES, PAPER_SET_NAMES, EvaluationParameters)
+from .parameters import EVAL_SET_NAMES, LAB_SET_NAMES, PAPER_SET_NAMES, EvaluationParameters
 
 # %% ../nbs/02_config.ipynb #ce1866c4
 class ConfigError(ValueError):
@@ -46,8 +45,7 @@ ONLY_WITH = {
     "buffer_size": ("sampling", "off_policy"), "chat_date": ("template", "chat")}
 # what runs did before there was a parameter for it; its default may be another
 BEFORE = {"shorten": "beginning", "chat_date": "2024-07-26", "sft_learning_rate": None,
-    "eval_greedy": False, "rouge_words": "english", "save_prompts": True,
-    "write_ahead": 1}
+    "eval_greedy": False, "rouge_words": "english", "save_prompts": True, "write_ahead": 1}
 NOISE = 3       # the random numbers of a text: 1 and 2 were PyTorch's, 3 is notebook 14's counter
 
 # %% ../nbs/02_config.ipynb #d70fc26d
@@ -160,9 +158,8 @@ def _check_policy(c):
 # %% ../nbs/02_config.ipynb #4ba58223
 def _check_lengths(c):
     if c.max_prompt_tokens >= c.max_tokens:
-        refuse("max_prompt_tokens",
-            f"{c.max_prompt_tokens} leaves no response within max_tokens: {c.max_tokens}",
-            "less than max_tokens")
+        refuse("max_prompt_tokens", f"{c.max_prompt_tokens} leaves no response within max_tokens: "
+            f"{c.max_tokens}", "less than max_tokens")
 
 def _check_batch(c):
     if c.sampling == "off_policy" and c.buffer_size < c.batch_size:
@@ -180,14 +177,11 @@ def _check_select(c):
 
 def _check_temperature(c):
     if 0 < c.eval_temperature < 0.01:
-        refuse("eval_temperature",
-            f"got {c.eval_temperature:g}, by which logits cannot be divided safely",
-            "0 (the likeliest token), or at least 0.01")
-
-def _check_ahead(c):
+        refuse("eval_temperature", f"got {c.eval_temperature:g}, by which logits cannot be divided "
+            "safely", "0 (the likeliest token), or at least 0.01")
     if c.write_ahead > 1 and (c.sampling != "on_policy" or c.checkpoint_every % c.write_ahead):
-        refuse("write_ahead", f"{c.write_ahead} with sampling {c.sampling} and checkpoint_every "
-            f"{c.checkpoint_every}", "1, or sampling on_policy and checkpoints at its multiples")
+        refuse("write_ahead", f"{c.write_ahead} with sampling {c.sampling}", "1; more with "
+            "sampling on_policy and a checkpoint_every that is 0 or a multiple of it")
 
 # %% ../nbs/02_config.ipynb #b8080982
 def _check_lists(c):
@@ -231,7 +225,7 @@ def _check_data_dir(c):
             "the library", "empty, or data dolly, or other eval_sets")
 
 CHECKS = (_check_limits, _check_classes, _check_scrg, _check_policy, _check_select, _check_weights,
-    _check_lengths, _check_batch, _check_ahead, _check_lists, _check_temperature,
+    _check_lengths, _check_batch, _check_lists, _check_temperature,
     _check_run_name, _check_texts, _check_long_name, _check_chat_date, _check_data_dir)
 
 # %% ../nbs/02_config.ipynb #f1ad284c

@@ -84,7 +84,8 @@ class Writer:
         text, notes = self.ahead.pop(step)
         return text, {"by_student": 1., "new_text": 1., **notes}
 
-    def look_at(self, step: int | Sequence[int], pairs: Pairs, rows: Sequence[int]) -> tuple[Distilled, dict]:
+    def look_at(self, step: int | Sequence[int], pairs: Pairs,
+            rows: Sequence[int]) -> tuple[Distilled, dict]:
         """What happens to new student text: SCRG revises it, a policy gradient notes who would have
         written it how gladly, or nothing."""
         with self.accelerator.autocast():
