@@ -7,7 +7,7 @@ __all__ = ['ONE_TOKEN', 'KEPT', 'WINDOWS', 'TOLERANCE', 'DECODING', 'Columns', '
            'autocast_type', 'Casts', 'Step', 'cuda_graph', 'narrowest', 'rounded', 'addresses', 'step_for', 'agrees',
            'able', 'decode_captured', 'loop_for']
 
-# %% ../nbs/14b_captured.ipynb #4a92ec4a
+# %% ../nbs/14b_captured.ipynb #6e08ffeb
 import contextlib, functools, warnings, weakref
 from typing import Callable, Optional, Sequence
 import torch
@@ -21,7 +21,7 @@ from .models import CACHE, base_model
 from .divergences import log_mixture, log_probs
 from .decoding import NextToken, decode, draw_tokens, noise, starts_of
 
-# %% ../nbs/14b_captured.ipynb #3008857b
+# %% ../nbs/14b_captured.ipynb #f56384d0
 class Columns(StaticLayer):
     """Keys (B, heads, C, D) and values of one layer, C columns; what is new goes to the column that
     `column` (1,) names at that moment."""
@@ -44,7 +44,7 @@ def rooms_like(cache: Cache, rows: int, columns: int, column: Tensor,
     return Cache(layers=[Columns(empty(layer.keys), empty(layer.values), column)
             for layer in cache.layers])
 
-# %% ../nbs/14b_captured.ipynb #f2a56bee
+# %% ../nbs/14b_captured.ipynb #625941a9
 def one_token(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         attention_mask: Optional[Tensor], scaling: Optional[float] = None, **_):
     """Attention of one token, for transformers: `query` (B, heads, 1, D), `key` and `value`
@@ -68,7 +68,7 @@ def attending(*models: nn.Module):
     finally:
         for c in changed: c._attn_implementation = "sdpa"
 
-# %% ../nbs/14b_captured.ipynb #482e4f8c
+# %% ../nbs/14b_captured.ipynb #4dedf53b
 def autocast_type(device: torch.device) -> Optional[torch.dtype]:
     on = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else None
@@ -87,7 +87,7 @@ class Casts:
         if self.copies:
             torch._foreach_copy_(list(self.copies.values()), list(self.sources.values()))
 
-# %% ../nbs/14b_captured.ipynb #3022ed57
+# %% ../nbs/14b_captured.ipynb #895ece02
 class Step:
     """One token for each of `rows` texts, a function without arguments whose tensors stay where
     they are; `advance` runs it once.
@@ -164,7 +164,7 @@ class Step:
         # rows without a text draw too, from what the first one sees
         self.write(logits[torch.arange(self.rows, device=self.device).clamp_(max=B - 1)])
 
-# %% ../nbs/14b_captured.ipynb #fa087f07
+# %% ../nbs/14b_captured.ipynb #fca625d6
 def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
     "A CUDA graph of `step`: what replays it. Raises what CUDA raises where it cannot be recorded."
     stream = torch.cuda.Stream()
@@ -181,7 +181,7 @@ def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
     finally: torch.set_autocast_cache_enabled(kept)
     return graph.replay
 
-# %% ../nbs/14b_captured.ipynb #f12c6188
+# %% ../nbs/14b_captured.ipynb #ecd43b05
 KEPT = 4      # steps of a model: each holds keys and values
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "attention_window")
 _steps = weakref.WeakKeyDictionary()      # by model, oldest first
@@ -215,7 +215,7 @@ def step_for(next_token: NextToken, rows: int, columns: int, limit: int, stops: 
     kept.append((kind, step))
     return step
 
-# %% ../nbs/14b_captured.ipynb #fc001742
+# %% ../nbs/14b_captured.ipynb #685b56f2
 TOLERANCE = 0.03      # of the spread of the logits: bfloat16 has 8 bits
 
 def agrees(models: Sequence[nn.Module], alpha: float, vocab: int,
@@ -271,7 +271,7 @@ def decode_captured(next_token: NextToken, start, keys: Sequence[tuple], limits:
         step.advance()
     return step.table[:len(ids), :longest].clone()
 
-# %% ../nbs/14b_captured.ipynb #38c9926a
+# %% ../nbs/14b_captured.ipynb #d6ab704d
 DECODING = ("auto", "eager", "captured")
 
 def loop_for(device: torch.device, how: str = "auto") -> Callable:

@@ -182,9 +182,8 @@ def _check_policy(c):
 # %% ../nbs/02_config.ipynb #4ba58223
 def _check_lengths(c):
     if c.max_prompt_tokens >= c.max_tokens:
-        refuse("max_prompt_tokens",
-            f"{c.max_prompt_tokens} leaves no response within max_tokens: {c.max_tokens}",
-            "less than max_tokens")
+        refuse("max_prompt_tokens", f"{c.max_prompt_tokens} leaves no response within max_tokens: "
+            f"{c.max_tokens}", "less than max_tokens")
 
 def _check_batch(c):
     if c.sampling == "off_policy" and c.buffer_size < c.batch_size:
@@ -207,8 +206,8 @@ def _check_temperature(c):
 
 def _check_ahead(c):
     if c.write_ahead > 1 and (c.sampling != "on_policy" or c.checkpoint_every % c.write_ahead):
-        refuse("write_ahead", f"{c.write_ahead} with sampling {c.sampling} and checkpoint_every "
-            f"{c.checkpoint_every}", "1, or sampling on_policy and checkpoints at its multiples")
+        refuse("write_ahead", f"{c.write_ahead} with sampling {c.sampling}", "1; more with "
+            "sampling on_policy and a checkpoint_every that is 0 or a multiple of it")
 
 # %% ../nbs/02_config.ipynb #b8080982
 def _check_lists(c):

@@ -44,8 +44,8 @@ class OnPolicy(Fixed):
         self.sample, self.seed, self.max_new_tokens = sample, seed, max_new_tokens
     def __call__(self, step, examples, rows):
         prompts = [e.prompt_ids for e in examples]
-        responses = self.sample(prompts, [(self.seed, "sample", *place) for place in places(step, rows)],
-            [self.max_new_tokens] * len(prompts))
+        keys = [(self.seed, "sample", *place) for place in places(step, rows)]
+        responses = self.sample(prompts, keys, [self.max_new_tokens] * len(prompts))
         return list(zip(prompts, responses)), "student"
 
 class Mixed(Fixed):

@@ -135,16 +135,16 @@ def title_of(notebook):
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
     return next((m[1] for c in cells if c['cell_type'] == 'markdown' for m in [re.search(r'^# (.+)$', ''.join(c['source']), re.M)] if m), notebook.stem)
 
-def part(name):
-    "The part of the book that a numbered notebook belongs to."
-    number = int(name[:2])
-    return 'The method' if number < 19 else 'A run' if number < 40 else 'A study'
+def part(notebook):
+    "The part of the book that a numbered notebook belongs to, by the module that it makes."
+    module = re.search(r'default_exp (\w+)(\.?)', notebook.read_text(encoding='utf-8'))
+    return {'run.': 'A run', 'study.': 'A study'}.get(module and module[1] + module[2], 'The method')
 
 def sidebar(nbs):
     "The notebooks in reading order, as `website.sidebar.contents`."
     names = sorted(p.stem for p in nbs.glob('*.ipynb'))
     groups = {title: list(stems) for title, stems in GROUPS.items()}
-    for name in filter(NUMBERED.match, names): groups[part(name)].append(name)
+    for name in filter(NUMBERED.match, names): groups[part(nbs/f'{name}.ipynb')].append(name)
     listed = {n for stems in groups.values() for n in stems}
     groups['Look it up'] += [n for n in names if n not in listed]
     def entry(stem):
