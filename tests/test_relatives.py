@@ -8,7 +8,7 @@ from mgsr_nb.tokens import collate
 from mgsr_nb.divergences import DIVERGENCES, forward_kl, log_probs, reverse_kl, sampled_classes, top_classes
 from mgsr_nb.objective import Divergence, Objective, Text, whole_rows
 from mgsr_nb.minillm import SampledReverseKL
-from mgsr_nb.sampling import Known, context_keys
+from mgsr_nb.sampling import Known, context_keys, sampler
 from mgsr_nb.decoding import generate, noise, starts_of, within_top
 from mgsr_nb.run.setup import prepare
 from mgsr_nb.run.trainer import Trainer
@@ -341,3 +341,15 @@ def test_a_divergence_on_the_data_alone_writes_no_text_and_equals_kd_on_fixed_te
     assert rows[0]["data_kd"] == pytest.approx(rows[1]["kd"], rel=1e-6) and rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-5)
     only = resolve(alone, sft_weight=0.)
     assert only.reads_data and not resolve(sft_weight=0.).reads_data
+
+# --- with the other ways to write
+
+def test_a_veto_is_written_by_the_plain_loop_whatever_was_asked_for():
+    student, teacher = pair("llama")
+    captured, eager = (sampler(student, [EOS], PAD, V, (teacher, 0., 3), decoding=how) for how in ("captured", "eager"))
+    assert captured(PROMPTS, KEYS, [12] * len(PROMPTS)) == eager(PROMPTS, KEYS, [12] * len(PROMPTS)) == both(student, teacher, 3)
+
+def test_texts_written_ahead_are_vetoed_and_counted_too(pairs, tmp_path):
+    one, ahead = (made(tmp_path, pairs["llama"], "skd", write_ahead=n, max_new_tokens=6) for n in (1, 2))
+    assert ahead.writer.draw(0)[1].pairs == one.writer.draw(0)[1].pairs
+    assert 0 < ahead.writer.draw(1)[2]["skd_replaced"] <= 1

@@ -240,10 +240,10 @@ def lab_map(results: Results, suite: str = "alpha_beta", score: str = DECIDES) -
     points = [(resolve(SUITES[suite].cells[cell]), np.mean([lab_score(r, score) for r in runs]))
         for cell, runs in results.cells(suite).items()]
     a, b, values = zip(*((c.ab_alpha, c.ab_beta, value) for c, value in points))
-    shades = ax.scatter(a, b, c=values, marker="s", s=1200, cmap="Blues")
+    shades = ax.scatter(a, b, c=values, marker="s", s=1200, cmap="Blues", alpha=0.5, lw=0)
     for x, y, value in zip(a, b, values):
         ax.annotate(f"{value:.{SCORES[score].digits}f}", (x, y), ha="center", va="center",
-            color="C1", fontsize=9)
+            fontsize=9)
     ax.set(xlabel="power of the teacher (alpha)", ylabel="power of the student (beta)",
         xlim=(-0.3, 1.3), ylim=(-0.3, 1.3))
     figure.colorbar(shades, label=SCORES[score].label)
