@@ -190,7 +190,7 @@ def bell(centre: Tensor, width: float = 1.) -> Tensor:
     return -(GRID - centre[..., None])**2 / (2 * width**2)
 
 def divergence_options(loss: str, alpha: float, beta: float) -> dict:
-    "What of alpha (skew) and beta (JSD) the loss takes."
+    "What of alpha (skew, alpha-beta) and beta (JSD, alpha-beta) the loss takes."
     return {k: v for k, v in (("alpha", alpha), ("beta", beta))
         if k in inspect.signature(DIVERGENCES[loss]).parameters}
 
@@ -242,8 +242,8 @@ def explore_divergences() -> Explorer:
     "Sliders and menus on `divergence_numbers`."
     controls = {"loss": choice("loss", list(DIVERGENCES)),
         "centre": slider("centre", 0, -5, 5, .05), "width": slider("width", 1, .3, 4, .05),
-                "alpha": slider("skew alpha", .1, .01, .99, .01),
-                "beta": slider("JSD beta", .5, .01, .99, .01)}
+        "alpha": slider("alpha (skew, alpha-beta)", .1, .01, .99, .01),
+        "beta": slider("beta (JSD, alpha-beta)", .5, .01, .99, .01)}
     return Explorer(controls, divergence_numbers, divergence_figure, divergence_text)
 
 # %% ../nbs/20_explore.ipynb #032d26d5

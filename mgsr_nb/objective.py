@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'Rows', 'whole_rows', 'NLL', 'Divergence', 'DAC', 'Span', 's
 # %% ../nbs/13_objective.ipynb #12990a48
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -31,8 +31,7 @@ class Rows(NamedTuple):
     next_p: Optional[Tensor]  # (n or n - 1, V)
     labels: Tensor            # (n,) ids of the tokens that the rows predict
     pair_weight: Tensor       # (n,) weight of the pair of this row and the next
-    # of (n,) tensors: what a policy gradient knows of each token (notebook 17)
-    policy: Optional[NamedTuple] = None
+    policy: Optional[NamedTuple] = None     # of (n,) tensors (notebook 17)
 
 def whole_rows(log_q: Tensor, log_p: Optional[Tensor], labels: Tensor,
         pair_weight: Optional[Tensor] = None, policy: Optional[NamedTuple] = None) -> Rows:
@@ -49,11 +48,11 @@ class NLL(nn.Module):
     def forward(self, rows: Rows): return -rows.label_log_q, {}
 
 class Divergence(nn.Module):
-    "A plain divergence over all classes, by its name in `DIVERGENCES`, for the baselines."
-    text, per, needs_teacher = "distilled", "tokens", True
-    def __init__(self, name: str, **options):
+    "A plain divergence over all classes, by its name in `DIVERGENCES`, on one of the texts."
+    per, needs_teacher = "tokens", True
+    def __init__(self, name: str, text: str = "distilled", **options):
         super().__init__()
-        self.between, self.options = DIVERGENCES[name].from_log_probs, options
+        self.between, self.text, self.options = DIVERGENCES[name].from_log_probs, text, options
     def forward(self, rows: Rows):
         return self.between(rows.log_q, rows.log_p, **self.options), {}
 
@@ -80,16 +79,14 @@ class Span(nn.Module):
 
 # %% ../nbs/13_objective.ipynb #0cc720eb
 def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and log-probabilities (n, V) of logits, with one exponential for both: what
-    `log_probs` gives, and its exponential. Without a graph."""
+    "Probabilities and log-probabilities (n, V) of logits, from one exponential; without a graph."
     z = below_top(at_least_float32(logits.detach()))
     x = z.exp()
     total = x.sum(-1, keepdim=True)
     return x.div_(total), z.sub_(total.log())
 
 class Student:
-    """The student's part of the rows, cut off from logits (n or n + 1, V) for n labels: `leaves`
-    for the terms, and `to_logits` for their gradients."""
+    "The student's part of the rows, cut off from logits (n or n + 1, V): `leaves` for the terms."
     def __init__(self, logits: Tensor, labels: Tensor, gradients: bool):
         n, (self.q, log_q) = len(labels), softmax_and_log(logits)
         self.logits, self.labels = logits, labels[:, None]
@@ -124,6 +121,14 @@ class Text:
     pair_weight: Optional[Tensor] = None      # (N,); None: no spans
     vocab: Optional[int] = None               # V; None: all that the heads give
     policy: Optional[NamedTuple] = None       # of (N,) tensors; None: no policy gradient
+    # (logits (n, V), rows) -> logits of the classes that are known; None: all are
+    view: Optional[Callable[[Tensor, slice], Tensor]] = None
+
+    @torch.no_grad()
+    def teacher_logits(self, start: int, stop: int) -> Tensor:
+        "The teacher's (n, V) of rows start..stop, as far as they are known."
+        logits = self.teacher_head(self.teacher_hidden[start:stop])[..., :self.vocab]
+        return logits if self.view is None else self.view(logits, slice(start, stop))
 
     def rows(self, start: int, stop: int, leaves: list[Tensor],
             teacher_logits: Optional[Tensor]) -> Rows:
@@ -139,8 +144,7 @@ class Text:
 
 # %% ../nbs/13_objective.ipynb #f1a13258
 def is_plain(head: nn.Module) -> bool:
-    """Whether the head is `hidden @ weight.T` and nothing else: no bias, no hook, no weight that is
-    computed from others."""
+    "Whether the head is `hidden @ weight.T` and nothing else: no bias, hook or computed weight."
     hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
     return (type(head) is nn.Linear and head.bias is None and "weight" in head._parameters
         and not hooked)
@@ -174,9 +178,7 @@ class Sweep:
         self.sums, self.notes, self.label_log_p = defaultdict(float), defaultdict(float), []
 
     def run(self, gradients: bool) -> Tensor:
-        """The loss, a scalar without a graph.
-
-        With `gradients` they are left in `to_hidden` (N, H) and `totals` {parameter: gradient}."""
+        "The loss, without a graph; `gradients` are left in `to_hidden` (N, H) and in `totals`."
         n, self.gradients = len(self.text.labels), gradients
         self.loss = torch.zeros((), device=self.text.labels.device,
             dtype=torch.promote_types(self.text.student_hidden.dtype, torch.float32))
@@ -193,9 +195,7 @@ class Sweep:
         t = self.text
         hidden = t.student_hidden[start:stop + 1].detach().requires_grad_(self.gradients)
         with torch.set_grad_enabled(self.gradients): logits = t.student_head(hidden)[..., :t.vocab]
-        with torch.no_grad():
-            teacher = (t.teacher_head(t.teacher_hidden[start:stop + 1])[..., :t.vocab]
-                if self.needs_teacher else None)
+        teacher = t.teacher_logits(start, stop + 1) if self.needs_teacher else None
         if self.gradients and start == 0: self.slope = torch.empty_like(logits)
         slope = self.slope[:len(logits)] if self.gradients else None
         for a in range(start, max(stop, start + 1), self.block):
@@ -221,7 +221,7 @@ class Sweep:
                     self.notes[key] += value.detach().sum()
                     self.notes[f"{key}_squared"] += value.detach().square().sum()
         self.loss += loss.detach()
-        if rows.log_p is not None:
+        if rows.log_p is not None and self.text.view is None:
             self.label_log_p.append(rows.log_p.gather(-1, rows.labels[:, None]).squeeze(-1))
         if self.gradients:
             found = torch.autograd.grad(loss, [*student.leaves, *self.own], allow_unused=True)
@@ -256,7 +256,7 @@ class Evaluated(NamedTuple):
     loss: Tensor                    # scalar, Eq. 11
     sums: dict[str, Tensor]         # the terms' sums over the rows, before weights and division
     notes: dict[str, Tensor]        # sums of the diagnostics, and of their squares
-    label_log_p: Optional[Tensor]   # (N,) the teacher's, of each token; None without a teacher
+    label_log_p: Optional[Tensor]   # (N,) the teacher's, of each token; None if unknown
 
 class Objective(nn.Module):
     """Eq. 11: the terms by name, their weights, and how many rows are projected at once.

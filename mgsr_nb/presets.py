@@ -86,6 +86,20 @@ METHODS = {
     # Ko et al., 2024
     "distillm": dict(_kd, sampling="off_policy", kd_loss="skew_reverse_kl"),
     "distillm_forward": dict(_kd, sampling="off_policy", kd_loss="skew_forward_kl"),
+    # Xu et al., 2025: the student writes, and the teacher replaces what is outside its 25 best
+    "skd": dict(_kd, sampling="on_policy", skd_top_k=25, kd_loss="forward_kl"),
+    # Wu et al., 2025, and Wang et al., 2025: other divergences in the place of KD's
+    "adaptive_kl": dict(_kd, sampling="fixed", kd_loss="adaptive_kl"),
+    "alpha_beta": dict(_kd, sampling="fixed", kd_loss="alpha_beta"),
+    # Ko et al., 2025: one divergence on the teacher's text, another one on the student's
+    "distillm2": dict(_plain, sampling="on_policy", responses="teacher", kd_weight=0.5,
+        kd_loss="skew_reverse_kl", data_kd_weight=0.5, data_kd_loss="skew_forward_kl"),
+    # the student's own text, each token's reverse KL: over the vocabulary, or as a sampled reward
+    "dense_reward": dict(_kd, sampling="on_policy", kd_loss="reverse_kl"),
+    "sampled_reward": dict(_plain, sampling="on_policy", reward_weight=1.0),
+    # Anshumann et al., 2025: KD from what a cache holds of the teacher, and the naive cache
+    "kd_sampled": dict(_kd, sampling="fixed", kd_loss="forward_kl", teacher_classes="sampled"),
+    "kd_top_k": dict(_kd, sampling="fixed", kd_loss="forward_kl", teacher_classes="top"),
 }
 
 # %% ../nbs/00_presets.ipynb #11cda956

@@ -5,7 +5,8 @@
 import pytest, torch
 from architectures import ACCEPTED, ARCHITECTURES, REFUSED, tiny
 from mgsr_nb.config import ConfigError
-from mgsr_nb.decoding import Reading, check_reading, generate
+from mgsr_nb.decoding import Reading, generate
+from mgsr_nb.run.checks import check_reading
 from mgsr_nb.models import add_lora, hidden_states
 from mgsr_nb.run.checks import check_model
 from mgsr_nb.sampling import sampler

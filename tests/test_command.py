@@ -1,7 +1,8 @@
 """mgsr-run: what it makes of its flags, what it refuses in a sentence, what it leaves behind. Tiny
 models; a kernel for each run."""
-import os, pwd, re, shutil, subprocess, sys, tempfile
+import json, os, pwd, re, shutil, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 import nbformat, papermill, pytest
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -335,3 +336,30 @@ def test_a_dry_run_that_fails_is_shown_whole(place, fails, ends):
     status, _, error = ends(*LLAMA2)
     assert status == 1 and 'Exception encountered at "In [1]"' in error
     assert error.endswith("mgsr-run: RuntimeError: seed: too many\n")
+
+
+# --- the kernel's sockets
+
+def test_a_kernel_talks_through_sockets_of_its_own_and_says_nothing_about_it(tmp_path, capfd):
+    cell = "import json, ipykernel; print(open(ipykernel.get_connection_file()).read())"
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)],
+        metadata=kernel), tmp_path/"a.ipynb")
+    with mgsr_run.local_kernel() as options:
+        done = papermill.execute_notebook(str(tmp_path/"a.ipynb"), str(tmp_path/"b.ipynb"),
+            progress_bar=False, **options)
+        place = Path(options["config"].KernelManager.ip).parent
+    connection = json.loads(done.cells[-1].outputs[0].text)
+    assert connection["transport"] == "ipc" and connection["ip"].startswith(str(place))
+    assert "TCP" not in capfd.readouterr().err
+    assert not place.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["a.ipynb", "b.ipynb"]
+
+@pytest.mark.parametrize("name, value", [("name", "nt"), ("temporary", "x" * 100)])
+def test_where_sockets_cannot_be_it_is_tcp(name, value, tmp_path, monkeypatch):
+    if name == "name": monkeypatch.setattr(mgsr_run.os, "name", value)
+    else:
+        (tmp_path/value).mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path/value))
+    try:
+        with mgsr_run.local_kernel() as options: assert options == {}
+    finally: monkeypatch.undo()

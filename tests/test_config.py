@@ -4,9 +4,9 @@ from typing import Literal, get_args, get_origin
 import pytest
 from hypothesis import given, settings, strategies as st
 from other_parameters import FIELDS, NEEDS, OTHER, bounds_of, with_needs
-from mgsr_nb.parameters import DIVERGENCE_NAMES, EVAL_SET_NAMES
+from mgsr_nb.parameters import DIVERGENCE_NAMES, EVAL_SET_NAMES, parameter_table
 from mgsr_nb.presets import METHODS, PRESETS
-from mgsr_nb.config import ConfigError, parameter_table, resolve
+from mgsr_nb.config import ConfigError, resolve
 
 def refusal(*args, **params) -> str:
     with pytest.raises(ConfigError) as e: resolve(*args, **params)
@@ -105,9 +105,10 @@ def test_pitfall_42_any_unknown_name_is_refused(name, value):
     (dict(scrg=True, sampling="fixed"), "scrg"), (dict(sft_weight=0, dac_weight=0, span_weight=0), "sft_weight"), (dict(max_prompt_tokens=200, max_tokens=200), "max_prompt_tokens"),
     (dict(batch_size=6, micro_batch_size=7), "micro_batch_size"), (dict(target_class="none", dac_classes="target"), "target_class"), (dict(clip_upper=0.05), "clip_lower"), (dict(clip_lower=0.95), "clip_lower"), (dict(clip_upper=0.5, clip_lower=0.5), "clip_lower"),
     (dict(clip="fixed_percentile", clip_lower=0.9), "clip_lower"),
-    (dict(pg_weight=1.0), "pg_weight"), (dict(pg_weight=0.1, scrg=False, sampling="fixed"), "pg_weight"), (dict(pg_weight=0.1, scrg=False, sampling="mixed"), "pg_weight"),
+    (dict(ab_alpha=0.0, ab_beta=0.0), "ab_alpha"), (dict(ab_beta=0.005), "ab_alpha"), (dict(pg_weight=1.0), "pg_weight"), (dict(pg_weight=0.1, scrg=False, sampling="fixed"), "pg_weight"), (dict(pg_weight=0.1, scrg=False, sampling="mixed"), "pg_weight"),
     (dict(pg_weight=0.1, scrg=False, sampling="off_policy"), "pg_weight"), (dict(pg_weight=0.1, scrg=True, sampling="mixed"), "pg_weight"), (dict(method="minillm", scrg=True), "pg_weight"),
     (dict(teacher_mix=0.2, scrg=False, sampling="fixed"), "teacher_mix"), (dict(method="minillm", sampling="off_policy"), "pg_weight"),
+    (dict(skd_top_k=5, scrg=False, sampling="fixed"), "skd_top_k"), (dict(method="minillm", skd_top_k=5), "pg_weight"),
     (dict(select="nll", eval_every=0), "select"), (dict(select="kl", eval_every=0), "select"), (dict(select="rouge_l", eval_every=0), "select"),
     (dict(preset="gpt2-dolly", eval_every=0), "select"), (dict(sampling="off_policy", buffer_size=3), "buffer_size")])
 def test_parameters_that_do_not_fit_together_are_refused(params, name):

@@ -2,10 +2,28 @@
 import inspect, itertools, math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from mgsr_nb.divergences import DIVERGENCES, forward_kl, jsd, log_mixture, log_probs, masked_mean, reverse_kl, skew_forward_kl, skew_reverse_kl, symmetric_kl, tvd
+from mgsr_nb.divergences import DIVERGENCES, adaptive_kl, alpha_beta, forward_kl, in_head, jsd, log_mixture, log_probs, masked_mean, reverse_kl, skew_forward_kl, skew_reverse_kl, symmetric_kl, tvd
 
 ALL = pytest.mark.parametrize('name', sorted(DIVERGENCES))
 KL = lambda a, b: (a * (a / b).log()).sum(-1)
+def naive_adaptive(q, p, mass):
+    "Row by row with loops: the head is filled from the likeliest class on; the weights are numbers."
+    if p.dim() > 1: return torch.stack([naive_adaptive(a, b, mass) for a, b in zip(q, p)])
+    head, total = set(), 0.
+    for k in sorted(range(len(p)), key=lambda k: -float(p[k])):
+        total += float(p[k])
+        if head and total > mass: break
+        head.add(k)
+    gaps = [abs(a - b) for a, b in zip(q.tolist(), p.tolist())]
+    share = sum(gaps[k] for k in head) / sum(gaps)
+    return share * KL(p, q) + (1 - share) * KL(q, p)
+
+def naive_alpha_beta(q, p, a, b):
+    "As printed, and the two limits with their own formulas."
+    if b == 0: return (p**a * (p**a / q**a).log() - p**a + q**a).sum(-1) / a**2
+    if a == 0: return (q**b * (q**b / p**b).log() - q**b + p**b).sum(-1) / b**2
+    return -(p**a * q**b - a / (a + b) * p**(a + b) - b / (a + b) * q**(a + b)).sum(-1) / (a * b)
+
 NAIVE = {   # probabilities (q, p), student first
     'forward_kl': lambda q, p: KL(p, q),
     'reverse_kl': lambda q, p: KL(q, p),
@@ -14,8 +32,11 @@ NAIVE = {   # probabilities (q, p), student first
     'tvd': lambda q, p: (p - q).abs().sum(-1) / 2,
     'skew_forward_kl': lambda q, p, alpha=.1: KL(p, alpha*p + (1-alpha)*q),
     'skew_reverse_kl': lambda q, p, alpha=.1: KL(q, (1-alpha)*p + alpha*q),
+    'adaptive_kl': lambda q, p, head_mass=.5: naive_adaptive(q, p, head_mass),
+    'alpha_beta': lambda q, p, alpha=.2, beta=.7: naive_alpha_beta(q, p, alpha, beta),
 }
-OPTIONS = {'jsd': [{}, {'beta': .1}, {'beta': .9}], 'skew_forward_kl': [{}, {'alpha': .7}], 'skew_reverse_kl': [{}, {'alpha': .7}]}
+OPTIONS = {'jsd': [{}, {'beta': .1}, {'beta': .9}], 'skew_forward_kl': [{}, {'alpha': .7}], 'skew_reverse_kl': [{}, {'alpha': .7}], 'adaptive_kl': [{}, {'head_mass': .2}, {'head_mass': .9}],
+           'alpha_beta': [{}, *({'alpha': a, 'beta': b} for a, b in ((.5, .5), (1., 1.), (1., 0.), (0., 1.), (0., .6), (.4, 0.), (.01, 1.5)))]}
 CASES = [pytest.param(n, o, id=f'{n}-{o}') for n in sorted(DIVERGENCES) for o in OPTIONS.get(n, [{}])]
 
 # Three classes for hand calculation: p = (3/4, 1/8, 1/8), q = (1/4, 1/4, 1/2).
@@ -81,6 +102,11 @@ def test_01_forward_kl_is_not_the_cross_entropy():
     # alpha = 1/3: p/3 + 2q/3 = (5/12, 5/24, 3/8);   2p/3 + q/3 = (7/12, 1/6, 1/4)
     (skew_forward_kl, {'alpha': 1/3}, 3/4*math.log(9/5) + 1/8*math.log(3/5) + 1/8*math.log(1/3)),
     (skew_reverse_kl, {'alpha': 1/3}, 1/4*math.log(3/7) + 1/4*math.log(3/2) + 1/2*math.log(2)),
+    # the head is the first class, and half of the gap
+    (adaptive_kl, {}, (7/8*LN2 + 1/2*LN3) / 2),
+    (alpha_beta, {'alpha': 1., 'beta': 1.}, 13/64),
+    (alpha_beta, {'alpha': .5, 'beta': .5}, 4 - 3**.5 - 2**-.5 - 1),
+    (alpha_beta, {'alpha': 1., 'beta': 0.}, 3/4*LN3 - 3/8*LN2), (alpha_beta, {'alpha': 0., 'beta': 1.}, 5/4*LN2 - 1/4*LN3),
 ], ids=lambda x: getattr(x, '__name__', None))
 def test_02_direction_by_a_hand_computed_example(f, options, by_hand):
     close(f(Q3, P3, **options), by_hand)
@@ -112,7 +138,7 @@ def test_04_gradient_reaches_the_student_and_not_the_teacher(name):
 
 
 @pytest.mark.pitfall(4)
-@pytest.mark.parametrize('name', ['forward_kl', 'reverse_kl', 'skew_forward_kl', 'skew_reverse_kl'])
+@pytest.mark.parametrize('name', ['forward_kl', 'reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'alpha_beta'])
 def test_04_swapping_student_and_teacher_changes_the_loss(name):
     f = DIVERGENCES[name]
     assert abs(f(Q3, P3) - f(P3, Q3)) > 1e-3
@@ -151,6 +177,41 @@ def test_05_jsd_limits_are_forward_and_reverse_kl():
 def test_05_mixture_weight_outside_the_open_interval_is_refused(f, option, weight):
     with pytest.raises(ValueError, match='strictly between 0 and 1'): f(Q3, P3, **{option: weight})
 
+
+@pytest.mark.pitfall(2)
+def test_02_limits_of_the_alpha_beta_divergence():
+    "Linear in the parameter that vanishes, value and gradient, and the two KLs themselves at its end; swapping the pair swaps alpha and beta."
+    q, p = pair(20, 6, scale=1.)
+    def gap(e):
+        ends = [(grad(alpha_beta, q, p, alpha=1., beta=e), grad(forward_kl, q, p)), (grad(alpha_beta, q, p, alpha=e, beta=1.), grad(reverse_kl, q, p))]
+        return max((a - b).abs().max() for pairs in ends for a, b in zip(*pairs))
+    assert all(gap(e) < 20 * e for e in (1e-2, 1e-3, 1e-4)) and gap(0.) < 1e-14
+    assert gap(1e-4) < 1e-2 * gap(1e-1)
+    for a, b in ((.2, .7), (1., 0.), (.3, 0.)): close(alpha_beta(q, p, alpha=a, beta=b), alpha_beta(p, q, alpha=b, beta=a))
+    H2 = 1 - (q.softmax(-1) * p.softmax(-1)).sqrt().sum(-1)
+    close(alpha_beta(q, p, alpha=.5, beta=.5), 4 * H2)
+
+@pytest.mark.pitfall(2)
+def test_02_adaptive_kl_is_the_kl_of_where_the_student_is_wrong():
+    six = torch.tensor([.25, .2, .2, .15, .1, .1], dtype=torch.float64).log()
+    in_the_head, in_the_tail = (torch.tensor(x, dtype=torch.float64).log() for x in ([.2, .25, .2, .15, .1, .1], [.25, .2, .2, .2, .1, .05]))
+    close(adaptive_kl(in_the_head, six), forward_kl(in_the_head, six))
+    close(adaptive_kl(in_the_tail, six), reverse_kl(in_the_tail, six))
+    for f, z, g in ((adaptive_kl, in_the_head, forward_kl), (adaptive_kl, in_the_tail, reverse_kl)): close(grad(f, z, six)[1], grad(g, z, six)[1])
+    q, p = pair(40, 9)
+    low, high = torch.minimum(forward_kl(q, p), reverse_kl(q, p)), torch.maximum(forward_kl(q, p), reverse_kl(q, p))
+    assert ((adaptive_kl(q, p) >= low) & (adaptive_kl(q, p) <= high)).all()
+
+@pytest.mark.pitfall(10)
+def test_10_classes_that_are_as_likely_are_on_the_same_side_of_the_head():
+    p = torch.tensor([.3, .15, .15, .15, .15, .1], dtype=torch.float64)
+    for order in itertools.permutations(range(6)): assert torch.equal(in_head(p[list(order)], .5), (p > .12)[list(order)])
+    assert in_head(torch.full((4,), .25), .1).all()                    # one class at least, and its equals
+    assert in_head(torch.tensor([.9, .1]), .5).tolist() == [True, False] and in_head(torch.tensor([.3, .3, .2, .2]), .7).tolist() == [True, True, False, False]
+
+@pytest.mark.parametrize('options', [dict(alpha=0., beta=0.), dict(alpha=-.1), dict(beta=-1.), dict(alpha=math.nan)])
+def test_powers_without_a_divergence_are_refused(options):
+    with pytest.raises(ValueError, match='expected numbers >= 0'): alpha_beta(Q3, P3, **options)
 
 @pytest.mark.pitfall(6)
 def test_06_skew_kl_is_a_kl_to_a_mixture_not_a_mixture_of_kls():
@@ -390,9 +451,9 @@ def test_the_signature_says_what_is_passed(name):
     assert list(inspect.signature(DIVERGENCES[name].from_log_probs).parameters)[:2] == ['log_q', 'log_p']
 
 
-def test_the_table_lists_the_seven_by_name():
+def test_the_table_lists_all_by_name():
     assert {n: f.__name__ for n, f in DIVERGENCES.items()} == {n: n for n in NAIVE}
-    # seven different functions: no two agree on a generic pair
+    # different functions: no two agree on a generic pair
     values = {n: f(*pair(1, 6, seed=3)).item() for n, f in DIVERGENCES.items()}
     assert all(abs(values[a] - values[b]) > 1e-4 for a, b in itertools.combinations(values, 2))
 

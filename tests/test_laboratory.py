@@ -1,9 +1,10 @@
 "The laboratory's study: pairs by seed, the rule, tables that say what the runs hold."
+import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp
 from mgsr_nb.files import write_json
 from mgsr_nb.study.laboratory import (
-    BETTER, EXPECTED, SAME, SCORES, WORSE, against_reference, better_by_seed, lab_effect_table, lab_effects, lab_plot, lab_score,
+    BETTER, EXPECTED, SAME, SCORES, WORSE, against_reference, better_by_seed, lab_costs, lab_effect_table, lab_effects, lab_map, lab_plot, lab_score,
     lab_table, of_claims, read_lab)
 from mgsr_nb.study.statistics import FAILS, HOLDS, NEGLIGIBLE, OPEN
 from mgsr_nb.study.records import read_results
@@ -72,3 +73,22 @@ def test_what_was_expected_is_of_cells_that_there_are(suite):
 def test_a_table_says_what_was_expected(results):
     (effect,) = lab_effects(results, 'components', [('dac', 'none')])
     assert '| worse |' in lab_effect_table([effect], EXPECTED['components']) and '| worse |' not in lab_effect_table([effect])
+
+def log(root, cell, seconds, kls, seed=0):
+    frame = pd.DataFrame({'step': range(len(kls)), 'seconds': [None] + [seconds] * (len(kls) - 1), 'seconds_teacher': [None] + [seconds / 4] * (len(kls) - 1), 'validation_kl': kls})
+    frame.to_csv(root/f'components+lab/{cell}/seed{seed}/log.csv', index=False)
+
+def test_costs_are_ratios_of_the_same_seed_and_kls_at_equal_updates_and_at_equal_seconds(results, tmp_path):
+    log(tmp_path, 'none', 2., [1., .8, None, .5, .4]), log(tmp_path, 'none', 4., [1., .9, .7, .6, .5], seed=1)
+    log(tmp_path, 'scrg', 3., [1., .7, None, .3, .2]), log(tmp_path, 'scrg', 2., [1., .7, None, .3, .1], seed=1)
+    log(tmp_path, 'dac', 1., [1., .1], seed=2)                                  # no reference of that seed
+    rows = {r.split('|')[1].strip(): [float(x) for x in r.split('|')[2:-1]] for r in lab_costs(results, 'components').splitlines()[2:]}
+    assert rows == {'`none`': [1, .25, .45, .45], '`scrg`': [1., .25, .15, .4]}     # ratios 1.5 and 0.5; within 8 seconds .7 (update 2 was not checked), within 16 .1
+    
+def test_the_map_has_each_cell_at_its_powers(tmp_path):
+    cells = SUITES['alpha_beta'].cells
+    for i, cell in enumerate(cells):
+        for seed in (0, 1): write_json(tmp_path/f'alpha_beta+lab/{cell}/seed{seed}/metrics.json', dict.fromkeys(('student_start', 'student', 'teacher'), {'average': BASE | {'exact': 50. + i + seed}, 'test': {}}))
+    ax, _ = lab_map(read_lab(tmp_path)).axes
+    at = {tuple(a.xy): a.get_text() for a in ax.texts}
+    assert at == {(c['ab_alpha'], c['ab_beta']): f'{50.5 + i:.1f}' for i, c in enumerate(cells.values())} and len(at) == 9

@@ -112,7 +112,7 @@ def test_the_teacher_keeps_keys_where_it_reads_or_writes_along():
 
     both = {"student", "teacher"}
     assert writers() == writers(method="minillm") == both
-    assert writers(method="distillm", teacher_mix=0.2) == both
+    assert writers(method="distillm", teacher_mix=0.2) == writers(method="skd") == both
     assert writers(method="distillm") == writers(scrg=False) == {"student"}
 
 def test_grouped_heads_keep_fewer_keys():

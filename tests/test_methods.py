@@ -11,7 +11,7 @@ from mgsr_nb.run.trainer import Trainer
 from tiny_runs import save_pair, tiny_parameters
 
 OFF_POLICY = [name for name, p in METHODS.items() if p.get("sampling") == "off_policy"]
-DEFINING = {"dac_weight", "span_weight", "kd_weight", "kd_loss", "jsd_beta", "pg_weight", "teacher_mix", "scrg", "sampling", "responses"}
+DEFINING = {"dac_weight", "span_weight", "kd_weight", "kd_loss", "jsd_beta", "pg_weight", "teacher_mix", "skd_top_k", "teacher_classes", "reward_weight", "data_kd_weight", "data_kd_loss", "scrg", "sampling", "responses"}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_every_method_trains_two_finite_steps_and_moves_only_the_student(method,
     assert all(torch.equal(a, b) for a, b in zip(frozen, setup.teacher.parameters()))
     still = [n for n, p in trainer.distiller.named_parameters() if torch.equal(before[n], p)]
     assert not still
-    assert log.loss[1:].notna().all() and set(trainer.distiller.objective.terms) == {t for t in ("sft", "dac", "span", "kd", "pg") if getattr(config, f"{t}_weight") > 0}
+    assert log.loss[1:].notna().all() and set(trainer.distiller.objective.terms) == {t for t in ("sft", "dac", "span", "kd", "pg", "reward", "data_kd") if getattr(config, f"{t}_weight") > 0}
 
 def test_only_methods_that_sample_pay_for_sampling(tmp_path, teacher, monkeypatch):
     from mgsr_nb import run as R

@@ -1,21 +1,21 @@
 """Build the documentation site from the notebooks and their stored outputs: offline, for file:// and any static host.
 
 nbdev processes the notebooks and asks the library for signatures and docstrings; no cell is executed. smalldocs lays out the pages, KaTeX (in
-tools/katex, as its authors publish it) renders the formulas. Run it with `make docs`, or `python tools/docs.py --out FOLDER`.
+tools/katex, as its authors publish it) renders the formulas: now, if there is a Node to run it, else in the reader's browser.
+Run it with `make docs`, or `python tools/docs.py --out FOLDER`.
 """
-import argparse, ast, html, importlib, json, os, re, shutil, time
+import argparse, ast, html, importlib, json, os, re, shutil, subprocess, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KATEX = ROOT/'tools'/'katex'
-GROUPS = {'Start here': ['index', 'report', 'explorer'],
+GROUPS = {'Start here': ['index', 'report', 'explorer', 'explorer_divergences', 'explorer_scrg', 'explorer_step'],
           'The method': [], 'A run': [], 'A study': [],           # the numbered notebooks, see `part`
           'Run it': ['usage', 'train', 'troubleshooting'],
           'Look it up': ['details', 'equations', 'api']}
 NUMBERED = re.compile(r'(\d\d)_')
 # options of _quarto.yml and of nbdev that smalldocs leaves alone; output-file is read by us
 QUARTO_ONLY = re.compile(r'key format-links|format commonmark|keep-md|output-file')
-QUALIFIED = re.compile(r'\b(?:[a-z_]\w*\.)+(?=[A-Z]\w*)')     # of a class in a signature: where it is defined
 OWN_LINK = re.compile(r'\[`([^`]+)`\]\((/\w+\.html)#([\w.]+)\)')
 # without a server a page may not read search.json: the same index comes as a script
 # and once formulas have their height, the place that was asked for lies elsewhere
@@ -87,7 +87,7 @@ def processors(nbs):
 
     class tidy_docs(Processor):
         """Under the heading of a function that is an equation: a link to the table. No link to a source on a host that is not known.
-        A function whose source stands open below keeps its heading only: the source has its signature and its docstring."""
+        The signature is folded under the source, which begins with it; where the source stands open, so is the docstring."""
         def begin(self): self.taught = taught(Path(nbs)/Path(self.nb.path_).name)
         def cell(self, cell):
             if cell.cell_type == 'markdown': cell.source = OWN_LINK.sub(documented, cell.source)
@@ -97,7 +97,8 @@ def processors(nbs):
             for data in (out.get('data', {}) for out in cell.get('outputs', []) if name):
                 text = re.sub(r'(?m)^\[source\]\(/.*\n+', '', ''.join(data.get('text/markdown', '')))
                 if name[1] in self.taught and (heading := re.search(r'(?m)^#+ .*$', text)): text = heading[0] + '\n'
-                text = re.sub(r'(?s)```python.*?```', lambda block: QUALIFIED.sub('', block[0]), text)
+                text = re.sub(r'(?s)\n```python.*?```\n', '', text)
+                text = re.sub(r'(?m)^\*(.+)\*$', r'\1', text, count=1)       # of a paragraph, nbdev slants the first line only
                 if eqs: text = re.sub(r'(?m)^(#+ .*)$', rf'\1\n\nPaper: {links}', text, count=1)
                 if text: data['text/markdown'] = OWN_LINK.sub(documented, text)
 
@@ -134,16 +135,16 @@ def title_of(notebook):
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
     return next((m[1] for c in cells if c['cell_type'] == 'markdown' for m in [re.search(r'^# (.+)$', ''.join(c['source']), re.M)] if m), notebook.stem)
 
-def part(name):
-    "The part of the book that a numbered notebook belongs to."
-    number = int(name[:2])
-    return 'The method' if number < 19 else 'A run' if number < 40 else 'A study'
+def part(notebook):
+    "The part of the book that a numbered notebook belongs to, by the module that it makes."
+    module = re.search(r'default_exp (\w+)(\.?)', notebook.read_text(encoding='utf-8'))
+    return {'run.': 'A run', 'study.': 'A study'}.get(module and module[1] + module[2], 'The method')
 
 def sidebar(nbs):
     "The notebooks in reading order, as `website.sidebar.contents`."
     names = sorted(p.stem for p in nbs.glob('*.ipynb'))
     groups = {title: list(stems) for title, stems in GROUPS.items()}
-    for name in filter(NUMBERED.match, names): groups[part(name)].append(name)
+    for name in filter(NUMBERED.match, names): groups[part(nbs/f'{name}.ipynb')].append(name)
     listed = {n for stems in groups.values() for n in stems}
     groups['Look it up'] += [n for n in names if n not in listed]
     def entry(stem):
@@ -204,17 +205,32 @@ def site(source, out):
         if (other := owners.setdefault(page.out, page.src)) != page.src: raise SystemExit(f'{other} and {page.src} both become {page.out}: rename one, nbdev leaves the number of a notebook out')
     return built
 
+FORMULA = re.compile(r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]](</span>)', re.S)
+KATEX_SCRIPT = re.compile(r'<script src="site_libs/katex/[^"]*" defer(?:="")?></script>')
+NODE = '''const katex = require(process.argv[1]);
+const asked = JSON.parse(require("fs").readFileSync(0, "utf8"));
+console.log(JSON.stringify(asked.map(([tex, displayMode]) => katex.renderToString(tex, {displayMode, throwOnError: false}))));'''
+
+def rendered(pages, node=None):
+    "{page: its text with the formulas rendered}, so that a reader does not see them grow; the texts as they are if there is no Node."
+    node = node or shutil.which('node')
+    if not node: return pages
+    asked = sorted({(html.unescape(m[3]), m[2] == 'display') for text in pages.values() for m in FORMULA.finditer(text)})
+    done = subprocess.run([node, '-e', NODE, str(KATEX/'katex.min.js')], input=json.dumps(asked), capture_output=True, text=True, check=True)
+    made = dict(zip(asked, json.loads(done.stdout)))
+    def one(m): return m[1] + made[html.unescape(m[3]), m[2] == 'display'] + m[4]
+    return {page: KATEX_SCRIPT.sub('', FORMULA.sub(one, text)) for page, text in pages.items()}
+
 def finish(out):
     "What smalldocs leaves to a network: KaTeX beside the pages, the search index as a script, no fonts from another host."
     shutil.copytree(KATEX, out/'site_libs'/'katex', dirs_exist_ok=True)
     index = (out/'search.json').read_text(encoding='utf-8')
     (out/'search.js').write_text(f'window.searchIndex = {json.dumps(index)};', encoding='utf-8')
     (out/'.nojekyll').touch()
-    for page in out.glob('*.html'):
-        text = page.read_text(encoding='utf-8')
-        # no line begins with the full stop behind a formula
-        joined = re.sub(r'(<span class="math inline">[^<]*</span>[.,;:)]+)', r'<span class="nobr">\1</span>', text)
-        if joined != text: page.write_text(joined, encoding='utf-8')
+    pages = {page: page.read_text(encoding='utf-8') for page in out.glob('*.html')}
+    # no line begins with the full stop behind a formula
+    pages = {page: re.sub(r'(<span class="math inline">[^<]*</span>[.,;:)]+)', r'<span class="nobr">\1</span>', text) for page, text in pages.items()}
+    for page, text in rendered(pages).items(): page.write_text(text, encoding='utf-8')
     for css in (out/'site_libs').rglob('*.css'):
         text = css.read_text(encoding='utf-8')
         local = re.sub(r'@import\s*(url\(\s*["\']?https?:[^)]*\)|(["\'])https?:.*?\2)[^;]*;', '', text)

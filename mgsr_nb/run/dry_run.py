@@ -67,7 +67,7 @@ def schedule(c: RunConfig, examples: int) -> list[str]:
     if c.max_train_examples: examples = min(examples, c.max_train_examples)
     sequences = c.max_steps * c.batch_size
     on_data = c.distils and c.sampling == "fixed"
-    data = c.max_tokens if c.sft_weight > 0 or on_data else 0
+    data = c.max_tokens if c.reads_data or on_data else 0
     sampled = c.max_prompt_tokens + c.max_new_tokens if c.distils and not on_data else 0
     tokens = c.batch_size * (data + sampled)
     return [f"{c.max_steps:,} steps of {c.batch_size} sequences: {sequences:,} sequences, "

@@ -121,7 +121,7 @@ def fine_tuning(c: RunConfig, s: Sizes, who: str) -> list[Item]:
     beside = s.teacher_weights if who == "student" else 0
     token = activation_bytes(getattr(s, who), s.precision, c.lora_rank)
     plain = c.model_copy(update=dict(sft_weight=1., dac_weight=0., span_weight=0., kd_weight=0.,
-                                     pg_weight=0.))
+                                     pg_weight=0., reward_weight=0., data_kd_weight=0.))
     return [held(phase, who, weights, "float32"),
             held(phase, "teacher beside it", beside, "float32"),
             held(phase, "adapters", adapters, "float32"),
@@ -154,7 +154,7 @@ def always(c: RunConfig, s: Sizes) -> list[Item]:
 def graphs(config: RunConfig) -> int:
     """Graphs of the student that are alive at once: the ground truth and the student's text are two
     passes, one text is one."""
-    return 2 if config.sft_weight > 0 and config.distils and config.sampling != "fixed" else 1
+    return 2 if config.reads_data and config.distils and config.sampling != "fixed" else 1
 
 def step(c: RunConfig, s: Sizes) -> list[Item]:
     """What the backward pass of a micro-batch needs.
@@ -199,7 +199,7 @@ def writing(c: RunConfig, s: Sizes) -> list[Item]:
     along."""
     if not c.distils or c.sampling == "fixed": return []
     models = {"student": s.student}
-    if c.scrg or c.pg_weight > 0 or c.teacher_mix > 0: models["teacher"] = s.teacher
+    if c.scrg or c.pg_weight > 0 or c.teacher_mix > 0 or c.skd_top_k: models["teacher"] = s.teacher
     return texts("writing", c, s, models, c.batch_size * c.write_ahead)
 
 def evaluation(c: RunConfig, s: Sizes) -> list[Item]:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCORED', 'WHO', 'scores', 'average_of', 'machine', 'write_results', 'tidy', 'Run', 'run', 'read_metrics',
-           'read_samples', 'metrics_table', 'learned_limits']
+           'read_samples', 'metrics_table', 'Card', 'curve_svg', 'run_card', 'shortened', 'cost_of', 'learned_limits']
 
 # %% ../../nbs/32_results.ipynb #495c82f5
-import json, platform, shutil, time
+import html, json, platform, shutil, time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 import torch
@@ -193,6 +194,92 @@ def metrics_table(metrics: dict) -> list[dict]:
         row |= {f"average {SCORED[k]}": m["average"][k] for k in shown}
         rows.append({"model": name, **{k: round(v, 2) for k, v in row.items()}})
     return rows
+
+# %% ../../nbs/32_results.ipynb #8c6a8cb8
+@dataclass
+class Card:
+    """A finished run in short: `scores` {model: (NLL, KL, ROUGE-L)}, `curve` {name: [(step,
+    nats)]}, `prompt` and its `texts` {model: answer}, and `cost`, a line of text."""
+    name: str
+    scores: dict[str, tuple[float, float, float]]
+    curve: dict[str, list[tuple[float, float]]]
+    prompt: str
+    texts: dict[str, str]
+    cost: str
+
+    def __repr__(self):
+        rows = [f"{who:15} {nll:6.3f} {kl:6.3f} {rouge:8.1f}"
+            for who, (nll, kl, rouge) in self.scores.items()]
+        texts = [f"{who}: {text}" for who, text in self.texts.items()]
+        head = f"{'':15} {'NLL':>6} {'KL':>6} {'ROUGE-L':>8}"
+        parts = [[self.name], [head, *rows], [f"> {self.prompt}", *texts], [self.cost]]
+        return "\n\n".join("\n".join(lines) for lines in parts)
+
+    def _repr_html_(self):
+        cell = "padding:.1rem .8rem .1rem 0;border:0;text-align:left"
+        def row(values, tag="td"): return "<tr>" + "".join(
+            f'<{tag} style="{cell};font-weight:normal">{v}</{tag}>' for v in values) + "</tr>"
+        scores = "".join(row([who, f"{nll:.3f}", f"{kl:.3f}", f"{rouge:.1f}"])
+            for who, (nll, kl, rouge) in self.scores.items())
+        texts = "".join(f"<p><b>{who}:</b> {html.escape(text)}</p>"
+            for who, text in self.texts.items())
+        return (f'<div style="border:1px solid #8888;border-radius:6px;padding:.8rem 1rem;'
+            f'max-width:44rem"><b>{html.escape(self.name)}</b><table style="border:0">'
+            f"{row(['', 'validation NLL', 'KL to the teacher', 'test ROUGE-L'], 'th')}{scores}"
+            f"</table>{curve_svg(self.curve)}<p><i>{html.escape(self.prompt)}</i></p>{texts}"
+            f"<p><small>{html.escape(self.cost)}</small></p></div>")
+
+def curve_svg(curves: dict[str, list[tuple[float, float]]]) -> str:
+    "Lines over the steps in nats from 0, and a key with the first and last value of each, as HTML."
+    points = [p for values in curves.values() for p in values]
+    if not points: return ""
+    last, top = max(max(x for x, _ in points), 1), max(max(y for _, y in points), 1e-9)
+    def line(values):
+        return " ".join(f"{10 + 580 * x / last:.1f},{110 - 100 * y / top:.1f}" for x, y in values)
+    said = {name: f"{name}, {values[0][1]:.2f} to {values[-1][1]:.2f} nats"
+        for name, values in curves.items()}
+    colours = dict(zip(curves, ("#888", "#d9660d", "#3b82d0")))
+    lines = "".join(f'<polyline points="{line(values)}" fill="none" stroke="{colours[name]}" '
+        f'stroke-width="2"/>' for name, values in curves.items())
+    key = " &nbsp; ".join(f'<span style="white-space:nowrap"><span style="display:inline-block;'
+        f'width:.7em;height:.7em;background:{colours[name]}"></span> {text}</span>'
+        for name, text in said.items())
+    return (f'<svg viewBox="0 0 600 116" role="img" aria-label="{"; ".join(said.values())}, in '
+        f'{last:.0f} steps" style="width:100%;height:auto"><line x1="10" x2="590" y1="110" '
+        f'y2="110" stroke="#8888"/>{lines}</svg><p><small>{last:.0f} steps: {key}</small></p>')
+
+# %% ../../nbs/32_results.ipynb #395ce98c
+def run_card(folder: Path) -> Card:
+    "The card of the finished run in `folder`, from its metrics.json, log.csv and samples.jsonl."
+    import pandas as pd
+    metrics, log = read_metrics(folder), pd.read_csv(Path(folder)/"log.csv")
+    found = {name: metrics[who] for who, name in WHO.items()}
+    scores = {name: (m["validation"]["nll"], m["validation"]["kl"], m["average"]["rouge_l"])
+        for name, m in found.items()}
+    columns = {"loss of each batch": "loss", "validation NLL": "validation_nll",
+        "validation KL": "validation_kl"}
+    def points(column): return log.loc[log[column].notna(), ["step", column]].values.tolist()
+    curve = {name: points(column) for name, column in columns.items() if column in log}
+    answers = read_samples(folder)
+    first = [a for a in answers if (a["id"], a["seed"]) == (answers[0]["id"], answers[0]["seed"])]
+    texts = {WHO[a["of"]]: shortened(a["prediction"]) for a in first}
+    return Card(metrics["run_name"], scores, {k: v for k, v in curve.items() if v},
+        shortened(first[0]["instruction"]) if first else "", texts, cost_of(metrics, log))
+
+def shortened(text: str, characters: int = 240) -> str:
+    "The text on one line, cut behind a word."
+    text = " ".join(text.split())
+    return text if len(text) <= characters else text[:characters].rsplit(" ", 1)[0] + " …"
+
+def cost_of(metrics: dict, log) -> str:
+    "Steps, trained tokens, time by part and machine, in a line."
+    tokens = int(log.filter(regex="^(data|distilled)_tokens$").sum().sum())
+    parts = ", ".join(f"{name} {s / 60:.1f}" for name, s in metrics["seconds"].items())
+    m = metrics["machine"]
+    minutes = sum(metrics["seconds"].values()) / 60
+    return (f"{int(log.step.max())} steps of {metrics['config']['batch_size']}, {tokens:,} trained "
+        f"tokens; {minutes:.1f} minutes ({parts}) on {m['processes']} x {m['device']}, "
+        f"{m['precision']}, torch {m['torch']}")
 
 # %% ../../nbs/32_results.ipynb #66df30f8
 def learned_limits(folder: Path) -> dict:

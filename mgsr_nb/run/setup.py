@@ -76,12 +76,11 @@ class Setup:
             self.tokenizer, c.eval_seed_list[0], c.max_new_tokens, c.eval_batch_size)
         return score_answers(texts, [e.example for e in self.validation], c.rouge_words)["rouge_l"]
 
-    def sampler(self, model: nn.Module, teacher_mix: float = 0.,
-            temperature: float = 1.) -> Callable:
-        """`sample(prompts, keys, limits, past)` of `model`, with a share of the teacher, at a
-        temperature, under the run's autocast."""
+    def sampler(self, model: nn.Module, help: tuple = (0.,), temperature: float = 1.) -> Callable:
+        """`sample(prompts, keys, limits, past)` of `model`, with the teacher's `help` (a share, a
+        veto, see notebook 14), at a temperature, under the run's autocast."""
         inner = sampler(model, self.stops, self.tokenizer.pad_token_id, self.vocab,
-            (self.teacher, teacher_mix), temperature, self.config.decoding)
+            (self.teacher, *help), temperature, self.config.decoding)
         def sample(*args):
             with self.accelerator.autocast(): return inner(*args)
         return sample

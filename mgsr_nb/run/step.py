@@ -16,7 +16,7 @@ from ..tokens import Batch, Encoded, at_trained, collate, labels
 from ..models import decoder, head, hidden_states
 from ..span import pair_weights
 from ..objective import Objective, Text
-from ..sampling import Pairs
+from ..sampling import Known, Pairs
 from ..minillm import Policy
 
 # %% ../../nbs/25_step.ipynb #51cac49e
@@ -25,9 +25,9 @@ class Distiller(nn.Module):
 
     `forward` gives the loss of a micro-batch, already divided by the counts of the whole step."""
     def __init__(self, student: nn.Module, objective: Objective, teacher: Optional[nn.Module],
-            vocab: int, compiled: bool = False):
+            vocab: int, compiled: bool = False, known: Optional[Known] = None):
         super().__init__()
-        self.student, self.objective, self.vocab = student, objective, vocab
+        self.student, self.objective, self.vocab, self.known = student, objective, vocab, known
         self._teacher = (teacher,)  # in a tuple, where nn.Module does not look for submodules
         # sampling goes on without: its shapes change with every token
         self._compiled = (torch.compile(decoder(student), dynamic=True) if compiled else None,)
@@ -49,6 +49,9 @@ class Distiller(nn.Module):
             if text.teacher_hidden is None:
                 with torch.no_grad():
                     text.teacher_hidden = at_trained(hidden_states(self.teacher, batch), batch)
+            if self.known:
+                keys = at_trained(self.known.keys(batch), batch)
+                text.view = lambda logits, part: self.known(logits, keys[part])
         return text
 
     def forward(self, micro: "Micro", counts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor],
@@ -64,7 +67,7 @@ class Distiller(nn.Module):
             teacher = any(self.objective.terms[n].needs_teacher for n in names)
             found = self.objective(self.text(batch, teacher, known), names, counts)
             loss, sums, notes = loss + found.loss, sums | found.sums, notes | found.notes
-            if known and known.corrected is not None:
+            if known and known.corrected is not None and found.label_log_p is not None:
                 notes |= correction_gains(found.label_log_p, known)
         return loss, sums, notes
 

@@ -20,7 +20,7 @@ from ..decoding import generator_for
 from ..sampling import Pairs
 from ..scrg import SCRG, Scorer
 from ..minillm import make_policy
-from .parts import make_detector, make_objective, make_source
+from .parts import make_detector, make_known, make_objective, make_source
 from .step import (
     Distilled, Distiller, make_optimizer, means_of, micro_batches, schedule_factor)
 from .engine import Clock, check_finite, make_accelerator, precision_of, tracking
@@ -34,7 +34,8 @@ class Writer:
     def __init__(self, setup: Setup, accelerator, clock: Clock):
         c = setup.config
         self.setup, self.config, self.accelerator = setup, c, accelerator
-        inner = setup.sampler(setup.student, c.teacher_mix)
+        self.replaced = []
+        inner = setup.sampler(setup.student, (c.teacher_mix, c.skd_top_k, self.replaced))
         def sample(*args):
             with clock.part("generation"): return inner(*args)
         self.source, self.ahead = make_source(c, sample), {}
@@ -59,7 +60,7 @@ class Writer:
         c, rows, examples = self.config, self.rows, self.examples(step)
         if not c.distils: return examples, None, {}
         if c.write_ahead > 1: return examples, *self.written_ahead(step)
-        pairs, origin = self.source(step, examples, rows)
+        pairs, origin, vetoes = self.written(step, examples, rows)
         notes = {"by_student": float(origin != "data"), "new_text": float(origin == "student")}
         if origin == "data": return examples, "data", notes
         if origin != "student": return examples, Distilled(pairs), notes
@@ -68,7 +69,18 @@ class Writer:
             everyone = sorted(zip(gather_object(rows), gather_object(text.pairs)))
             # in the order of the batch, whoever wrote what
             self.source.remember([pair for _, pair in everyone])
-        return examples, text, notes | noted
+        return examples, text, notes | vetoes | noted
+
+    def written(self, step: int | Sequence[int], examples: list,
+            rows: Sequence[int]) -> tuple[Pairs, str, dict]:
+        """The source's pairs and their origin, and as a note the share of the tokens that the
+        teacher replaced, of all processes (SKD)."""
+        self.replaced.clear()
+        pairs, origin = self.source(step, examples, rows)
+        if origin != "student" or not self.config.skd_top_k: return pairs, origin, {}
+        mine = sum(int(r.sum()) for r in self.replaced), sum(len(y) for _, y in pairs)
+        replaced, tokens = map(sum, zip(*gather_object([mine])))
+        return pairs, origin, {"skd_replaced": replaced / max(tokens, 1)}
 
     def written_ahead(self, step: int) -> tuple[Distilled, dict]:
         """The text of a step and notes, written and looked at together with those of the steps up
@@ -78,7 +90,9 @@ class Writer:
             end = min(step - step % c.write_ahead + c.write_ahead, c.max_steps)
             steps = [s for s in range(step, end) for _ in self.rows]
             examples, rows = sum(map(self.examples, range(step, end)), []), self.rows * (end - step)
-            text, notes = self.look_at(steps, self.source(steps, examples, rows)[0], rows)
+            pairs, _, vetoes = self.written(steps, examples, rows)
+            text, notes = self.look_at(steps, pairs, rows)
+            notes |= vetoes
             self.ahead = {s: (text.part(range(i * share, (i + 1) * share)), notes)
                 for i, s in enumerate(range(step, end))}
         text, notes = self.ahead.pop(step)
@@ -128,7 +142,7 @@ class Trainer:
         objective = make_objective(c, setup.vocab).to(a.device)
         objective.chunk_tokens = setup.chunk
         distiller = Distiller(setup.student, objective, setup.teacher, setup.vocab,
-            c.compile_student).train()
+            c.compile_student, make_known(c)).train()
         optimizer = make_optimizer(distiller, c.learning_rate, c.sub_learning_rate, c.weight_decay)
         self.distiller, self.optimizer = a.prepare(distiller, optimizer)
         # not prepared: accelerate would advance it once per process, and its length is in optimiser
@@ -174,7 +188,7 @@ class Trainer:
         size = c.micro_batch_size or share
         return micro_batches(examples, distilled, self.find_spans,
             self.setup.tokenizer.pad_token_id, size, math.ceil(share / size), a.device,
-            c.sft_weight > 0)
+            c.reads_data)
 
     def _read(self, total: dict[str, Tensor], counts: dict[str, Tensor], norm) -> dict:
         "Numbers from tensors; the only place of a step that waits for the device."

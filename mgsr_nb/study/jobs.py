@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from ..config import ConfigError, RunConfig, nearest, resolve
 from ..files import project_root, write_atomic, write_json
 from ..run.folder import finished, open_run, recorded_digests, run_folder, run_name, runs_root
-from ..run.command import execute_whole
+from ..run.command import execute_whole, local_kernel
 from .suites import After, SUITES
 
 # %% ../../nbs/41_jobs.ipynb #f8ac3f5c
@@ -126,8 +126,9 @@ def run_cell(params: dict, overwrite: bool = False) -> str:
         (folder/"error.json").unlink(missing_ok=True)
         if take_over(resolve(params)): return "finished"
         try:
-            execute_whole(folder, lambda source,
-                target: execute_notebook(source, target, parameters=params, progress_bar=False))
+            with local_kernel() as options:
+                execute_whole(folder, lambda source, target: execute_notebook(source, target,
+                        parameters=params, progress_bar=False, **options))
         except PapermillExecutionError as e:
             return record_failure(folder, params, f"{e.ename}: {e.evalue}", "\n".join(e.traceback))
         # the kernel died, the disk is full

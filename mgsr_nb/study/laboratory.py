@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'DECIDES', 'AGREES', 'AGAINST', 'BETTER', 'WORSE', 'SAME', 'EXPECTED', 'read_lab', 'lab_score',
            'better_by_seed', 'Effect', 'tests_of', 'verdicts_of', 'lab_effects', 'against_reference', 'of_claims',
-           'comparisons', 'Expectation', 'lab_table', 'lab_effect_table', 'lab_plot']
+           'comparisons', 'Expectation', 'lab_table', 'lab_effect_table', 'lab_plot', 'lab_costs', 'lab_map']
 
 # %% ../../nbs/49_laboratory.ipynb #cb66a216
 import re
@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
+from ..config import resolve
 from ..run.folder import runs_root
 from .records import Results, Run, read_run
 from .statistics import (
@@ -133,17 +135,29 @@ EXPECTED = {
     "divergences": Expectation("All but total variation see every class and have a gradient where "
         "the student is far off; DAC-KL as printed has less.",
         dict.fromkeys(("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl",
-            "skew_reverse_kl"), BETTER) | {"tvd": WORSE}),
+            "skew_reverse_kl", "adaptive_kl", "alpha_beta"), BETTER) | {"tvd": WORSE}),
     "baselines": Expectation("The same: a divergence over all classes teaches more. A policy "
         "gradient is noisy, and text alone says less than distributions.",
-        dict.fromkeys(("kd", "gkd", "imitkd", "distillm", "distillm_forward", "seqkd_kd"), BETTER)
-        | dict.fromkeys(("minillm", "sft", "seqkd"), WORSE)),
+        dict.fromkeys(("kd", "gkd", "imitkd", "distillm", "distillm_forward", "seqkd_kd",
+            "adaptive_kl", "alpha_beta", "skd", "distillm2", "dense_reward", "kd_top_k",
+            "kd_sampled"), BETTER)
+        | dict.fromkeys(("minillm", "sft", "seqkd", "sampled_reward"), WORSE)),
     "readings": Expectation("Limits that are compared with the mass keep what there is to learn. "
         "Compared with ranks they cut the best classes off. A bucket for the rest, or a sum of 1 "
         "without it, mends what the printed loss ignores.",
         {cell: WORSE if cell.startswith("rank") else BETTER for cell in SUITES["readings"].cells
             if cell != SUITES["readings"].reference}),
     "corrections": Expectation("A few other tokens in a text that is the student's own anyway."),
+    "relatives": Expectation("As in the suites on single parts: whose tokens the text has makes "
+        "little difference, also where the teacher vetoes every one; a loss that sees all classes "
+        "teaches more than DAC-KL as printed, in whatever direction; a reward from one token is "
+        "too noisy. Four classes hold most of the teacher's mass, and draws are right on average.",
+        dict.fromkeys(("adaptive_kl", "alpha=0.2,beta=0.7", "alpha=0.5,beta=0.5",
+            "alpha=0.7,beta=0.2", "skd", "distillm2", "dense_reward", "kd", "kd,top=4",
+            "kd,sampled=4"), BETTER) | {"sampled_reward": WORSE}),
+    "alpha_beta": Expectation("All that compare logarithms of likely classes do about the same. "
+        "The squared distance is bounded and pulls weakly where the student is far off.",
+        {"alpha=1,beta=1": WORSE}),
     "f_sub": Expectation("Every f_sub finds the same limits."),
     "spans": Expectation("The span loss is small beside the others, whatever its spans are."),
 }
@@ -194,3 +208,44 @@ def lab_plot(effects: Sequence[Effect], scores: Sequence[str] = (DECIDES, AGAINS
     return _finished(figure, "How much better one cell is than another by "
         f"{' and by '.join(SCORES[s].label for s in scores)}, with 95 % intervals over the "
         "training seeds; grey: differences that are negligible. The table has the numbers.")
+
+# %% ../../nbs/49_laboratory.ipynb #2b9efbd1
+def _costs(log: pd.DataFrame, usual: pd.DataFrame) -> dict[str, float]:
+    "What an update costs against that of another log, and the KL at equal updates and seconds."
+    update, other = log.seconds.median(), usual.seconds.median()
+    teacher = log.seconds_teacher / log.seconds if "seconds_teacher" in log else log.seconds * 0
+    checked = log.dropna(subset="validation_kl")
+    in_time = checked[checked.step * update <= usual.step.max() * other]
+    return {"update, ratio": update / other, "teacher's share": teacher.median(),
+        "KL, all updates": checked.validation_kl.iloc[-1],
+        "KL, equal seconds": in_time.validation_kl.iloc[-1]}
+
+def lab_costs(results: Results, suite: str) -> str:
+    """Costs of the cells as a Markdown table: an update's seconds as a ratio to the reference's of
+    the same seed, and the validation KL at equal updates and at equal seconds, means over seeds."""
+    cells = results.cells(suite)
+    logs = {(cell, r.seed): pd.read_csv(r.folder/"log.csv") for cell, runs in cells.items()
+        for r in runs if (r.folder/"log.csv").is_file()}
+    usual = {seed: log for (cell, seed), log in logs.items() if cell == SUITES[suite].reference}
+    rows = [{"cell": f"`{cell}`"} | _costs(log, usual[seed]) for (cell, seed), log in logs.items()
+        if seed in usual]
+    means = pd.DataFrame(rows).groupby("cell", sort=False).mean()
+    return markdown_table([{"cell": cell} | {k: f"{v:.3f}" for k, v in row.items()}
+        for cell, row in means.iterrows()])
+
+# %% ../../nbs/49_laboratory.ipynb #1714a89b
+def lab_map(results: Results, suite: str = "alpha_beta", score: str = DECIDES) -> Figure:
+    "The cells of a suite at their (ab_alpha, ab_beta), coloured by their mean score."
+    figure, (ax,) = _axes(1, 4.6, 3.6)
+    points = [(resolve(SUITES[suite].cells[cell]), np.mean([lab_score(r, score) for r in runs]))
+        for cell, runs in results.cells(suite).items()]
+    a, b, values = zip(*((c.ab_alpha, c.ab_beta, value) for c, value in points))
+    shades = ax.scatter(a, b, c=values, marker="s", s=1200, cmap="Blues")
+    for x, y, value in zip(a, b, values):
+        ax.annotate(f"{value:.{SCORES[score].digits}f}", (x, y), ha="center", va="center",
+            color="C1", fontsize=9)
+    ax.set(xlabel="power of the teacher (alpha)", ylabel="power of the student (beta)",
+        xlim=(-0.3, 1.3), ylim=(-0.3, 1.3))
+    figure.colorbar(shades, label=SCORES[score].label)
+    return _finished(figure, f"{SCORES[score].label} over the powers of the alpha-beta divergence: "
+        "forward KL is at (1, 0), reverse KL at (0, 1).")

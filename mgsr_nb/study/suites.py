@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'loss_weights', 'fixed_clipping', 'components', 'sampling', 'dac_parts', 'divergences', 'baselines',
-           'corrections', 'f_sub', 'spans', 'capacity', 'temperature', 'readings', 'STUDENTS', 'sizes', 'SUITES',
-           'After', 'Claim', 'Suite', 'learned_means']
+           'corrections', 'f_sub', 'spans', 'capacity', 'temperature', 'readings', 'relatives', 'POWERS', 'alpha_beta',
+           'STUDENTS', 'sizes', 'SUITES', 'After', 'Claim', 'Suite', 'learned_means']
 
 # %% ../../nbs/40_suites.ipynb #2a21ff54
 from dataclasses import dataclass, field
@@ -112,7 +112,8 @@ dac_parts = Suite({"both": {}, "target": dict(dac_classes="target"),
 # %% ../../nbs/40_suites.ipynb #a781cd6f
 _divergences = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd", "skew_reverse_kl",
     "skew_forward_kl")
-divergences = Suite({"dac": {}, **{name: dict(_kl, kd_loss=name) for name in _divergences}}, "dac",
+divergences = Suite({"dac": {}, **{name: dict(_kl, kd_loss=name)
+        for name in (*_divergences, "adaptive_kl", "alpha_beta")}}, "dac",
     "Is DAC-KL better than the usual divergences?",
     tuple(Claim(f"DAC-KL, rather than {name}", "dac", name, "Table 3c") for name in _divergences))
 
@@ -127,7 +128,8 @@ corrections = Suite(
         "kl_teacher_student": dict(scrg_direction="teacher_student"),
         "random": dict(scrg_detect="random"),
      "threshold_3": dict(scrg_detect="threshold", scrg_corrections=3),
-     "greedy": dict(scrg_teacher_token="greedy")}, "1",
+     "greedy": dict(scrg_teacher_token="greedy"),
+     **{f"every_token,K={k}": dict(scrg=False, skd_top_k=k) for k in (1, 5, 25)}}, "1",
     "How many corrections, and where?", (Claim("3 corrections, rather than 1", "3", "1",
             "Table 4c"), Claim("5 corrections, rather than 3", "5", "3", "Table 4c")))
 
@@ -161,6 +163,24 @@ readings = Suite(
      for remainder in ("as_printed", "renormalise", "bucket")}, "value,learned,as_printed",
     "What are u and l compared with, and what becomes of the mass outside?")
 
+relatives = Suite(
+    {"mgsr": {}, **{f"corrections={n}": dict(scrg_corrections=n) for n in (3, 5)},
+     **{f"every_token,K={k}": dict(scrg=False, skd_top_k=k) for k in (5, 25)},
+     "adaptive_kl": dict(_kl, kd_loss="adaptive_kl"),
+     **{f"alpha={a:g},beta={b:g}": dict(_kl, kd_loss="alpha_beta", ab_alpha=a, ab_beta=b)
+         for a, b in ((0.2, 0.7), (0.5, 0.5), (0.7, 0.2))},
+     **{name: dict(method=name) for name in ("skd", "distillm2", "dense_reward", "sampled_reward")},
+     **{f"dac,{which}=4": dict(teacher_classes=which, teacher_k=4) for which in ("top", "sampled")},
+     "kd": dict(method="kd"), "kd,top=4": dict(method="kd_top_k", teacher_k=4),
+     "kd,sampled=4": dict(method="kd_sampled", teacher_k=4)}, "mgsr",
+    "How does MGSR stand among its relatives, with its text, its loss or its teacher exchanged?")
+
+POWERS = (0., 0.5, 1.)
+alpha_beta = Suite(
+    {f"alpha={a:g},beta={b:g}": dict(_kl, kd_loss="alpha_beta", ab_alpha=a, ab_beta=b)
+        for a, b in ((0.2, 0.7), *((a, b) for a in POWERS for b in POWERS if a + b))},
+    "alpha=1,beta=0", "Where between the forward and the reverse KL, and beyond, is the best loss?")
+
 STUDENTS = ("lab-32x2", "lab-48x2", "lab-64x2", "lab-96x3", "lab-128x4")
 sizes = Suite({f"{method},{student}": dict(method=method, student=student)
         for student in STUDENTS for method in ("mgsr", "kd", "sft")}, "mgsr,lab-64x2",
@@ -169,4 +189,4 @@ sizes = Suite({f"{method},{student}": dict(method=method, student=student)
 SUITES = dict(loss_weights=loss_weights, fixed_clipping=fixed_clipping, components=components,
     sampling=sampling, dac_parts=dac_parts, divergences=divergences, baselines=baselines,
     corrections=corrections, f_sub=f_sub, spans=spans, capacity=capacity, temperature=temperature,
-    readings=readings, sizes=sizes)
+    readings=readings, sizes=sizes, relatives=relatives, alpha_beta=alpha_beta)
