@@ -28,7 +28,7 @@ def test_the_table_of_other_values_is_whole_and_allowed():
     (dict(dac_weight="high"), ["dac_weight: got 'high' (str)", "allowed: a number >= 0"]),
     (dict(dac_weight=-1), ["dac_weight: got -1 (int)", "allowed: a number >= 0"]),
     (dict(clip_upper=0.1, clip_lower=0.9), ["clip_lower: 0.9 is not below clip_upper: 0.1", "allowed: 0 <= clip_lower < clip_upper <= 1"]),
-    (dict(preset="nope"), ["preset: got 'nope'", "allowed: one of quickstart, smollm2-dolly, laptop-dolly, lab, gpt2-dolly, opt-dolly, openllama-dolly, llama2-dolly, qwen-dolly"]),
+    (dict(preset="nope"), ["preset: got 'nope'", "allowed: one of quickstart, smollm2-dolly, laptop-dolly, lab, smollm2-gpu, gpt2-dolly, opt-dolly, openllama-dolly, llama2-dolly, qwen-dolly"]),
     (dict(method="nope"), ["method: got 'nope'", "allowed: one of mgsr, mgsr_off_policy, sft, kd, seqkd, seqkd_kd, imitkd, gkd, minillm, distillm, distillm_forward"]),
     (dict(eval_temperature=1e-5), ["eval_temperature: got 1e-05", "allowed: 0 (the likeliest token), or at least 0.01"]),
     (dict(scrg="true"), ["scrg: got 'true' (str)", "allowed: True or False"]),
