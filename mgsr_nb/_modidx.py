@@ -921,6 +921,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mgsr_nb.study.runner.Sweep.timed': ('runner.html#sweep.timed', 'mgsr_nb/study/runner.py'),
                                       'mgsr_nb.study.runner.ablate': ('runner.html#ablate', 'mgsr_nb/study/runner.py'),
                                       'mgsr_nb.study.runner.ablate_by': ('runner.html#ablate_by', 'mgsr_nb/study/runner.py'),
+                                      'mgsr_nb.study.runner.at_a_time': ('runner.html#at_a_time', 'mgsr_nb/study/runner.py'),
                                       'mgsr_nb.study.runner.check_precision': ('runner.html#check_precision', 'mgsr_nb/study/runner.py'),
                                       'mgsr_nb.study.runner.main': ('runner.html#main', 'mgsr_nb/study/runner.py'),
                                       'mgsr_nb.study.runner.options': ('runner.html#options', 'mgsr_nb/study/runner.py'),

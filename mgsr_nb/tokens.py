@@ -184,18 +184,20 @@ class Batch:
     attention_mask: Tensor  # int64, 1 on real tokens
     position_ids: Tensor    # int64, counted from the row's first real token; 0 on pads
     response_mask: Tensor   # bool, True where the token is a response token
-
-    # (N,) int64: b * T + t of the rows that are trained (`supervised`), known before it is moved:
-    # to count them on a GPU would be to wait for it
+    # (N,) int64, by `to`: b * T + t of the rows that are trained (`supervised`, below)
     trained: Optional[Tensor] = None
 
     def to(self, device) -> "Batch":
         "The same batch on another device; a GPU fetches it while the program goes on."
         gpu = torch.device(device).type == "cuda"
         def moved(x):
-            return None if x is None else (x.pin_memory() if gpu else x).to(device,
+            return (x.pin_memory() if gpu and x.device.type == "cpu" else x).to(device,
                 non_blocking=gpu)
-        return Batch(*(moved(getattr(self, f.name)) for f in fields(self)))
+        found = Batch(*(moved(getattr(self, f.name)) for f in fields(self)[:4]))
+        # counted before they are moved: on a GPU that would be to wait for it
+        at = supervised(self).flatten().nonzero().squeeze(-1) if self.trained is None else (
+            self.trained)
+        return replace(found, trained=moved(at))
 
 # %% ../nbs/07_tokens.ipynb #d4670829
 def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, side: str = "right",
@@ -215,9 +217,7 @@ def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, s
     real = (place >= 0) & (place < total)
     input_ids = torch.full(real.shape, pad_id)
     input_ids[real] = torch.tensor([i for p, r in pairs for i in (*p, *r)])
-    batch = Batch(input_ids, real.long(), place * real, real & (place >= lengths[:, :1]))
-    batch.trained = supervised(batch).flatten().nonzero().squeeze(-1)
-    return batch
+    return Batch(input_ids, real.long(), place * real, real & (place >= lengths[:, :1]))
 
 # %% ../nbs/07_tokens.ipynb #98cef7d6
 def supervised(batch: Batch) -> Tensor:
