@@ -7,6 +7,7 @@ TOOLS = Path(__file__).resolve().parents[1]/"tools"
 sys.path.insert(0, str(TOOLS))
 import gpu_programme, gpu_tasks
 from gpu_programme import Deadline, Results
+from mgsr_nb.presets import METHODS
 
 def lines(out): return Results(out/"results.jsonl").lines
 
@@ -137,7 +138,22 @@ def test_the_plan_says_what_fits(tmp_path):
     rows = gpu_programme.plan(o, names, Deadline(5))
     assert len(rows) == len(names) + 1 and "perhaps not" in rows[-2] and "perhaps not" not in rows[0]
     assert "a cell, 4 at a time on one device" in rows[-1]
-    assert [gpu_tasks.tasks(o)[n].part for n in names] == sorted(gpu_tasks.tasks(o)[n].part for n in names)
+    known = gpu_tasks.tasks(o)
+    needed = [known[n].part for n in names if not known[n].spare]
+    assert needed == sorted(needed) and names[-1] == "pair"
+    assert {n.removeprefix("losses ") for n in names if n.startswith("losses ")} == set(METHODS)
+
+def test_spare_tasks_leave_the_suites_their_time(tmp_path, tasks):
+    "They run only if what is left is enough for the suites too; without suites, always."
+    names = tasks(one=(1, lambda: {}), two=(1, lambda: {}))
+    gpu_tasks.tasks(None)["two"].spare = True
+    o = options(tmp_path)
+    o.dry = False
+    gpu_programme.work(o, names, Deadline(2))
+    o.parts = "ab"
+    gpu_programme.work(o, names[1:], Deadline(2))
+    assert [(x["task"], "result" in x) for x in lines(tmp_path)] == [("one", True), ("two", False), ("two", True)]
+    assert "300 of them for the suites" in lines(tmp_path)[1]["skipped"]
 
 def test_goals_are_met_or_not(): assert [gpu_tasks.goal(x, 2.)["met"] for x in (1., 2., 3., None)] == [True, True, False, None]
 

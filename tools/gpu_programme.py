@@ -2,7 +2,8 @@
 
     python tools/gpu_programme.py --minutes 12 [--parts abcd] [--jobs 4] [--pack FILE.tar.gz]
 
-a  versions and card; the first losses of every method against the CPU's
+a  versions and card; the first losses of every method against the CPU's (of those that no suite
+   runs first: after part c, if the suites keep enough time)
 b  decoding; a profile of an on-policy step beside its floor; a batch of 256
 c  the objective and whole steps against peers
 d  suites of the real pair: preset smollm2-gpu, seed after seed
@@ -24,6 +25,7 @@ SUITES = (("fixed_clipping", ("no_clip", "learned", "learned_mass", "fixed_quant
           ("components", ()), ("loss_weights", ()))
 SEEDS = (0, 1, 2)
 CELL = 150.             # seconds of a cell, before one is finished
+RESERVED = 300          # seconds that the suites keep: what they share, and a round of cells
 ATTEMPTS = 2            # a task that failed so often is left alone
 KEPT = (".json", ".jsonl", ".csv", ".txt")
 
@@ -84,8 +86,10 @@ def work(o, names, deadline):
     for name in names:
         task, left = known[name], deadline.left()
         line = dict(task=name, part=task.part, estimate=task.seconds)
-        if task.seconds > left:
-            line["skipped"] = f"takes about {task.seconds:.0f} s, and {max(left, 0):.0f} s are left"
+        kept = RESERVED if task.spare and "d" in o.parts and not o.dry else 0
+        if task.seconds + kept > left:
+            line["skipped"] = (f"takes about {task.seconds:.0f} s, and {max(left, 0):.0f} s are "
+                               f"left, {kept} of them for the suites")
         else:
             (o.out/"running.txt").write_text(name, encoding="utf-8")
             begin = time.time()
@@ -196,7 +200,8 @@ def end_of(folder):
 
 def error_of(folder):
     record = folder/"error.json"
-    return json.loads(record.read_text(encoding="utf-8"))["error"][:2000] if record.is_file() else "?"
+    if not record.is_file(): return "?"
+    return json.loads(record.read_text(encoding="utf-8"))["error"][:2000]
 
 def suites(o, deadline):
     results = Results(o.out/"results.jsonl")
@@ -236,7 +241,8 @@ def plan(o, names, deadline):
     for name in names:
         total += known[name].seconds
         fits = "" if total <= deadline.left() else "  perhaps not"
-        lines.append(f"{known[name].part} {known[name].seconds:6.0f} s {total:7.0f} s  {name}{fits}")
+        task = known[name]
+        lines.append(f"{task.part} {task.seconds:6.0f} s {total:7.0f} s  {name}{fits}")
     if "d" in o.parts:
         one = results.seconds_of_cells(o.jobs) or [o.cell_seconds]
         rounds = max(int((deadline.left() - total) / max(one)), 0)
@@ -304,7 +310,7 @@ def main():
         deadline.end = task["end"]
         work(o, task["names"], deadline)
         return 0
-    if not o.dry:
+    if not (o.dry or o.plan):
         import torch
         if not torch.cuda.is_available():
             print("gpu-programme: there is no CUDA device here; --dry rehearses on a CPU")

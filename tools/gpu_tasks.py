@@ -14,6 +14,7 @@ class Task:
     part: str
     seconds: float          # about
     run: Callable           # -> result
+    spare: bool = False     # only if the suites keep enough time
 
 @dataclass
 class Size:
@@ -31,19 +32,23 @@ def goal(measured, at_most):
     return dict(measured=measured, at_most=at_most,
                 met=None if measured is None else measured <= at_most)
 
+FIRST = ("mgsr", "sft", "kd", "distillm", "minillm")      # what the first suites run
+
 def tasks(o):
     "All tasks by name, in order of value."
     from mgsr_nb.presets import METHODS
     s = DRY if o.dry else ON_GPU
-    found = [Task("versions", "a", 10, lambda: versions(o, s))]
-    found += [Task(f"losses {m}", "a", 8, lambda m=m: first_losses(o, m)) for m in METHODS]
+    def losses(m, spare=False):
+        return Task(f"losses {m}", "a", 8, lambda: first_losses(o, m), spare)
+    found = [Task("versions", "a", 10, lambda: versions(o, s)), *map(losses, FIRST)]
     found += [Task("decoding", "b", 25, lambda: decoding(o, s)),
               Task("profile", "b", 35, lambda: profile(o, s)),
               Task("steps", "b", 40, lambda: steps(o, s)),
               Task("large batch", "b", 30, lambda: large_batch(o, s))]
     found += [Task(f"objective N={n} V={v}", "c", 10 + n * v / 4e7,
                    lambda n=n, v=v: objective(o, s, n, v)) for n in s.rows for v in s.vocab]
-    found += [Task("peers' steps", "c", 40, lambda: steps(o, s, PEERS)),
+    found += [losses(m, True) for m in METHODS if m not in FIRST]
+    found += [Task("peers' steps", "c", 40, lambda: steps(o, s, PEERS), True),
               Task("pair", "d", 150, lambda: pair(o))]
     if o.dry:
         for t in found: t.seconds = 4.
@@ -179,7 +184,8 @@ def floors(o, s, x):
     count = lambda m: sum(p.numel() for p in m.parameters())
     student, teacher = count(x.setup.student), count(x.setup.teacher)
     tokens, rate = s.batch * (s.prompt + s.new), peaks(o, s)["operations_per_second"]
-    return dict(writing=s.new * token_floor(o, s, x), reading=2 * (student + teacher) * tokens / rate,
+    return dict(writing=s.new * token_floor(o, s, x),
+                reading=2 * (student + teacher) * tokens / rate,
                 # two texts: the data's, and the student's
                 update=2 * 6 * student * tokens / rate)
 
@@ -200,7 +206,8 @@ def steps(o, s, cases=OURS):
 def large_batch(o, s):
     "Steps of MGSR at a batch that must not run out of memory, and their peak."
     x = bench.Pair(pair_of(o, s, s.large), s.large, s.new)
-    trainer, peak = x.trainer(method="mgsr", micro_batch_size=min(s.batch, s.large)), bench.Peak(o.device)
+    trainer = x.trainer(method="mgsr", micro_batch_size=min(s.batch, s.large))
+    peak = bench.Peak(o.device)
     begin = time.perf_counter()
     losses = [trainer.step()["loss"] for _ in range(2)]
     return dict(batch=s.large, losses=losses, seconds=time.perf_counter() - begin,
