@@ -245,7 +245,8 @@ def plan(o, names, deadline):
         lines.append(f"{task.part} {task.seconds:6.0f} s {total:7.0f} s  {name}{fits}")
     if "d" in o.parts:
         one = results.seconds_of_cells(o.jobs) or [o.cell_seconds]
-        rounds = max(int((deadline.left() - total) / max(one)), 0)
+        first = sum(known[name].seconds for name in names if not known[name].spare)
+        rounds = max(int((deadline.left() - first) / max(one)), 0)
         todo = jobs(o)
         lines.append(f"d {max(one):6.0f} s a cell, {o.jobs} at a time on one device: about "
                      f"{min(rounds * o.jobs, len(todo))} of {len(todo)} cells fit")
