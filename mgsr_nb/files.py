@@ -39,13 +39,13 @@ def from_here(path: Path) -> str:
 
 # %% ../nbs/03_files.ipynb #dad365a6
 def copy_notebook(path: str | Path) -> Path:
-    """Copy the training notebook to `path`, or into the folder `path`; the report, if the file is
-    called report.ipynb. Raises `ConfigError`."""
+    """Copy the training notebook to `path`, or into the folder `path`; that of all tables and
+    figures, if the file is called details.ipynb. Raises `ConfigError`."""
     path = Path(path)
     if path.is_dir(): path = path/"train.ipynb"
     if path.exists():
         raise ConfigError(f"--notebook: {path} is there already; allowed: another path")
-    source = notebook("report.ipynb" if path.name == "report.ipynb" else "train.ipynb")
+    source = notebook("details.ipynb" if path.name == "details.ipynb" else "train.ipynb")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)

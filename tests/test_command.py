@@ -65,10 +65,10 @@ def test_a_copy_of_the_notebook_that_cannot_be_is_refused(place, ends, typed, wo
     assert status == 2 and error.startswith("mgsr-run: --notebook: ") and words in error
     assert content(place) == before
 
-@pytest.mark.parametrize("path", ["own.ipynb", "a/report.ipynb"])
+@pytest.mark.parametrize("path", ["own.ipynb", "a/details.ipynb"])
 def test_a_copy_of_the_notebook_is_the_notebook(place, ends, path):
     assert ends("--notebook", path)[0] == 0
-    name = "report.ipynb" if "report" in path else "train.ipynb"
+    name = "details.ipynb" if "details" in path else "train.ipynb"
     assert (place/path).read_bytes() == files.notebook(name).read_bytes()
 
 def test_mgsr_run_help_lists_the_parameters(ends):

@@ -58,7 +58,7 @@ def user(archives, tmp_path_factory):
 
 def test_the_wheel_carries_the_notebooks_that_commands_execute_without_outputs(archives):
     with zipfile.ZipFile(archives[1]) as wheel:
-        for name in ('train', 'report'):
+        for name in ('train', 'details'):
             shipped = nbformat.reads(wheel.read(f'mgsr_nb/notebooks/{name}.ipynb').decode('utf-8'), 4)
             ours = nbformat.read(ROOT/'nbs'/f'{name}.ipynb', 4)
             assert [c.source for c in shipped.cells] == [c.source for c in ours.cells] and shipped.metadata == ours.metadata
