@@ -27,6 +27,12 @@ class Example:
     category: str = ""                  # the file's category or topic, for tables
     exact: bool = False                 # the first reference is the one right answer
     about: tuple[str, ...] = ()         # of the laboratory: what the grammar of the answer needs
+    turns: tuple[tuple[str, str], ...] = ()     # of a chat: role and text of all that comes before
+
+    @property
+    def asked(self) -> str:
+        "All that was said before the answer, without the input; most often the instruction."
+        return "\n".join(text for _, text in self.turns) or self.instruction
 
 # %% ../nbs/06_data.ipynb #17bf0cea
 class DataError(ValueError):
@@ -226,10 +232,10 @@ SEVERAL = 3     # an instruction that comes with more inputs than that is a temp
 def without_overlap(train: list[Example], held_out: Iterable[Example]) -> list[Example]:
     "The training examples that ask no held-out question, in their order."
     held_out, taken, inputs = list(held_out), defaultdict(set), defaultdict(set)
-    for e in held_out: taken[normalised(e.instruction)].add(_input(e.input))
-    for e in (*train, *held_out): inputs[normalised(e.instruction)].add(_input(e.input))
+    for e in held_out: taken[normalised(e.asked)].add(_input(e.input))
+    for e in (*train, *held_out): inputs[normalised(e.asked)].add(_input(e.input))
     def is_taken(e):
-        asked, text = normalised(e.instruction), _input(e.input)
+        asked, text = normalised(e.asked), _input(e.input)
         if text in taken[asked]: return True
         return len(inputs[asked]) <= SEVERAL and any(alike(text, other) for other in taken[asked])
     return [e for e in train if not is_taken(e)]
@@ -249,10 +255,12 @@ def blank_note(name: str, examples: Sequence[Example]) -> str:
 # %% ../nbs/06_data.ipynb #6eebcfe8
 @dataclass(frozen=True)
 class Splits:
-    "Training and validation examples, and how they came about (counts, for the record of a run)."
+    """Training and validation examples, and how they came about (counts, for the record of a run);
+    `test` only of data of one's own, others have test sets of their own names."""
     train: list[Example]
     validation: list[Example]
     report: dict = field(default_factory=dict)
+    test: list[Example] = field(default_factory=list)
 
 def load_train(data: str, data_dir: str | Path = "") -> Splits:
     """Training and validation split of `tiny`, `lab` or `dolly`; training examples that ask a

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Optional
 import torch
 from torch import Tensor
-from .data import Example
+from .data import DataError, Example
 
 # %% ../nbs/07_tokens.ipynb #be6ad2e5
 ALPACA_HEAD = (
@@ -55,7 +55,11 @@ def make_prompt(example: Example, template: str = "alpaca", tokenizer=None,
     for today's date, it is `chat_date` (year-month-day); `plain` has a line for the instruction and
     one for the input, nothing else.
 
-    Raises ValueError for another name, or a tokenizer without a template."""
+    Raises ValueError for another name, or a tokenizer without a template, and DataError for turns
+    that only another template could write."""
+    if example.turns and template != "chat":
+        raise DataError(f"{example.id}: a chat of several turns, or with a system message, which "
+            f"template {template!r} cannot write; allowed: chat")
     if template == "alpaca": return alpaca_prompt(example.instruction, example.input)
     if template == "plain":
         return "".join(f"{line}\n" for line in (example.instruction, example.input) if line)
@@ -66,10 +70,18 @@ def make_prompt(example: Example, template: str = "alpaca", tokenizer=None,
             "template: 'chat' needs a tokenizer with a chat template, this one has none; "
             "use 'alpaca'")
     content = "\n\n".join(filter(None, (example.instruction, example.input)))
+    said = example.turns or (("user", content),)
     # to text first: what tokenize=True returns differs between versions of transformers
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True,
-        chat_template=on_the_day(tokenizer.get_chat_template(), chat_date))
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in said], tokenize=False,
+            add_generation_prompt=True,
+            chat_template=on_the_day(tokenizer.get_chat_template(), chat_date))
+    except Exception as e:      # a template is a program of somebody else's
+        if not example.turns: raise
+        roles = ", ".join(role for role, _ in said)
+        raise DataError(f"{example.id}: the chat template of this tokenizer refuses turns of "
+            f"{roles} ({e})") from e
 
 # %% ../nbs/07_tokens.ipynb #e8b6a67e
 def bos_ids(tokenizer) -> list[int]:
@@ -172,18 +184,20 @@ class Batch:
     attention_mask: Tensor  # int64, 1 on real tokens
     position_ids: Tensor    # int64, counted from the row's first real token; 0 on pads
     response_mask: Tensor   # bool, True where the token is a response token
-
-    # (N,) int64: b * T + t of the rows that are trained (`supervised`), known before it is moved:
-    # to count them on a GPU would be to wait for it
+    # (N,) int64, by `to`: b * T + t of the rows that are trained (`supervised`, below)
     trained: Optional[Tensor] = None
 
     def to(self, device) -> "Batch":
         "The same batch on another device; a GPU fetches it while the program goes on."
         gpu = torch.device(device).type == "cuda"
         def moved(x):
-            return None if x is None else (x.pin_memory() if gpu else x).to(device,
+            return (x.pin_memory() if gpu and x.device.type == "cpu" else x).to(device,
                 non_blocking=gpu)
-        return Batch(*(moved(getattr(self, f.name)) for f in fields(self)))
+        found = Batch(*(moved(getattr(self, f.name)) for f in fields(self)[:4]))
+        # counted before they are moved: on a GPU that would be to wait for it
+        at = supervised(self).flatten().nonzero().squeeze(-1) if self.trained is None else (
+            self.trained)
+        return replace(found, trained=moved(at))
 
 # %% ../nbs/07_tokens.ipynb #d4670829
 def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, side: str = "right",
@@ -203,9 +217,7 @@ def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, s
     real = (place >= 0) & (place < total)
     input_ids = torch.full(real.shape, pad_id)
     input_ids[real] = torch.tensor([i for p, r in pairs for i in (*p, *r)])
-    batch = Batch(input_ids, real.long(), place * real, real & (place >= lengths[:, :1]))
-    batch.trained = supervised(batch).flatten().nonzero().squeeze(-1)
-    return batch
+    return Batch(input_ids, real.long(), place * real, real & (place >= lengths[:, :1]))
 
 # %% ../nbs/07_tokens.ipynb #98cef7d6
 def supervised(batch: Batch) -> Tensor:

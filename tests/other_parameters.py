@@ -15,7 +15,7 @@ OTHER = {  # for every field another allowed value
     "eval_batch_size": 1, "eval_temperature": 0.7, "eval_every": 0, "checkpoint_every": 5, "log_every": 5, "save_student": False, "save_samples": 3, "length_buckets": 2,
     "dry_run": True, "student_sft_steps": 7, "frozen_precision": "float32", "pg_weight": 0.5, "pg_clip": 0.1, "pg_single_step": False, "pg_length_norm": False, "teacher_mix": 0.2,
     "scrg_detect": "random", "scrg_threshold": 0.5, "eval_exposure": True, "select": "nll", "chunker": "spacy", "compile_student": True, "tracker": "tensorboard",
-    "sft_learning_rate": 1e-3, "eval_greedy": True, "rouge_words": "unicode", "save_prompts": False, "head_mass": 0.3, "ab_alpha": 0.5, "ab_beta": 0.5, "skd_top_k": 5, "teacher_classes": "top", "teacher_k": 4, "data_kd_weight": 0.5, "data_kd_loss": "jsd", "reward_weight": 0.5, "write_ahead": 2, "decoding": "captured"}
+    "sft_learning_rate": 1e-3, "eval_greedy": True, "rouge_words": "unicode", "save_prompts": False, "split_seed": 1, "push_to": "me/mine", "push_public": True, "head_mass": 0.3, "ab_alpha": 0.5, "ab_beta": 0.5, "skd_top_k": 5, "teacher_classes": "top", "teacher_k": 4, "data_kd_weight": 0.5, "data_kd_loss": "jsd", "reward_weight": 0.5, "write_ahead": 2, "decoding": "captured"}
 NEEDS = {"pg_weight": {"scrg": False}, "reward_weight": {"scrg": False}, "data_dir": {"data": "dolly"}}   # what a value of OTHER cannot do without
 
 def with_needs(name): return {**NEEDS.get(name, {}), name: OTHER[name]}

@@ -42,7 +42,7 @@ def test_an_injected_default_wins_over_the_preset():
     assert notebook(f"preset = 'smollm2-dolly'\nmax_steps = {general}").max_steps == general != 120
 
 def test_an_edited_parameters_cell_counts_like_an_injected_one():
-    edited = PARAMETERS.replace("preset: str = 'quickstart'", "preset: str = 'smollm2-dolly'").replace("seed: int = 0", "seed: int = 7")
+    edited = PARAMETERS.replace("preset: str = 'quickstart'", "preset: str = 'smollm2-dolly'").replace("\nseed: int = 0", "\nseed: int = 7")
     assert notebook(parameters=edited) == resolve(preset="smollm2-dolly", seed=7)
     with pytest.raises(ConfigError, match="dac_wieght"): notebook(parameters=PARAMETERS + "\ndac_wieght = 0.5")
 
@@ -56,7 +56,7 @@ def test_a_parameters_cell_run_again_sets_nothing_by_itself():
     assert notebook(f"max_steps = {general}", edited).max_steps == 120
     all_but_one = "\n".join(line for line in edited.splitlines() if not line.startswith("seed:"))
     assert notebook(all_but_one) == resolve(preset="smollm2-dolly")
-    assert notebook(all_but_one, parameters=edited.replace("seed: int = 0", "seed: int = 7")).seed == 7
+    assert notebook(all_but_one, parameters=edited.replace("\nseed: int = 0", "\nseed: int = 7")).seed == 7
 
 def test_the_value_is_the_last_one_assigned():
     assert notebook("seed = 1", "seed = 2").seed == 2 and notebook("seed = 1", "seed: int = 0").seed == 0

@@ -118,7 +118,7 @@ def test_a_step_is_kept_for_what_fits_it_and_few_are_kept():
     assert (first.rows, first.columns) == (3, 32)
     texts(model, decode_captured, limits=[70, 1, 1, 1])         # longer than its table
     assert len(_steps[model]) == 2
-    for t in (0.5, 0.6, 0.7, 0.8): texts(model, decode_captured, temperature=t)
+    for t in (0.5, 0.6): texts(model, decode_captured, temperature=t)
     assert len(_steps[model]) == captured.KEPT and first not in [s for _, s in _steps[model]]
 
 def test_steps_go_with_their_model():

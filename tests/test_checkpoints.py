@@ -159,3 +159,9 @@ def test_a_teacher_whose_fine_tuning_diverges_is_refused_with_the_step(config, t
     monkeypatch.setattr(R.parts.NLL, "forward", lambda self, rows: (calls.append(1), (forward(self, rows)[0] * (math.inf if len(calls) > 1 else 1), {}))[1])
     with pytest.raises(TrainingError, match="^step [12]: the loss of teacher SFT not finite"): prepare(config(**SHORT, teacher_sft_steps=2), cpu=True)
     assert not list((tmp_path/"own").glob("teachers/*/key.json"))
+
+def test_when_things_are_written_changes_nothing_that_is_computed(config, tmp_path):
+    "Checkpoints after every step, and a log of every second one: the student and its scores to the last bit."
+    usual, other = (run(config("gpt2", run_name=name, max_steps=4, eval_every=2, select="nll", **more), cpu=True) for name, more in (("usual", {}), ("other", dict(checkpoint_every=1, log_every=2))))
+    weights = [(tmp_path/"runs"/name/"student"/"model.safetensors").read_bytes() for name in ("usual", "other")]
+    assert weights[0] == weights[1] and usual["student"] == other["student"] and usual["digest"] == other["digest"]

@@ -9,6 +9,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from commands import (
     BIN, FIELDS, ROOT, WRONG, code_cells, command, config_of, errors, flags, text_of)
+from mgsr_nb import files
 from mgsr_nb.config import resolve
 from mgsr_nb.run import command as mgsr_run
 from mgsr_nb.run.folder import open_run
@@ -45,10 +46,30 @@ def test_pitfall_42_the_console_script_says_it_in_a_terminal(project):
     words = "mgsr-run: dac_wieght: there is no such parameter (did you mean 'dac_weight'?)"
     assert done.returncode == 2 and done.stderr.startswith(words)
 
-def test_mgsr_run_outside_of_a_project_says_so(tmp_path, monkeypatch, ends):
+def test_mgsr_run_outside_of_a_project_executes_the_installed_notebook(tmp_path, monkeypatch, ends):
     monkeypatch.chdir(tmp_path)
+    status, out, _ = ends("--prepare-only", "-p", "run_name", "here")
+    assert status == 0 and out == "prepared, and not executed: runs/here/train.prepared.ipynb\n"
+    shutil.rmtree(tmp_path/"runs")
+    monkeypatch.setattr(files, "files", lambda package: tmp_path/"site-packages"/package)
     status, _, error = ends()
-    assert status == 2 and "inside a clone of the project" in error
+    assert status == 2 and "there is no notebook train.ipynb in " in error and "its wheel" in error
+
+@pytest.mark.parametrize("typed,words", [
+    ("--notebook", "takes one path"), ("--notebook a.ipynb -p seed 1", "takes one path"),
+    ("-p seed 1 --notebook a.ipynb", "takes one path"), ("--notebook file", "is there already"),
+    ("--notebook file/a.ipynb", "cannot be written")])
+def test_a_copy_of_the_notebook_that_cannot_be_is_refused(place, ends, typed, words):
+    before = content(place)
+    status, _, error = ends(*typed.split())
+    assert status == 2 and error.startswith("mgsr-run: --notebook: ") and words in error
+    assert content(place) == before
+
+@pytest.mark.parametrize("path", ["own.ipynb", "a/report.ipynb"])
+def test_a_copy_of_the_notebook_is_the_notebook(place, ends, path):
+    assert ends("--notebook", path)[0] == 0
+    name = "report.ipynb" if "report" in path else "train.ipynb"
+    assert (place/path).read_bytes() == files.notebook(name).read_bytes()
 
 def test_mgsr_run_help_lists_the_parameters(ends):
     _, said, _ = ends("--help")

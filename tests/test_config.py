@@ -4,7 +4,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 from hypothesis import given, settings, strategies as st
 from other_parameters import FIELDS, NEEDS, OTHER, bounds_of, with_needs
-from mgsr_nb.parameters import DIVERGENCE_NAMES, EVAL_SET_NAMES, parameter_table
+from mgsr_nb.parameters import DATA_NAMES, DIVERGENCE_NAMES, EVAL_SET_NAMES, parameter_table
 from mgsr_nb.presets import METHODS, PRESETS
 from mgsr_nb.config import ConfigError, resolve
 
@@ -28,7 +28,7 @@ def test_the_table_of_other_values_is_whole_and_allowed():
     (dict(dac_weight="high"), ["dac_weight: got 'high' (str)", "allowed: a number >= 0"]),
     (dict(dac_weight=-1), ["dac_weight: got -1 (int)", "allowed: a number >= 0"]),
     (dict(clip_upper=0.1, clip_lower=0.9), ["clip_lower: 0.9 is not below clip_upper: 0.1", "allowed: 0 <= clip_lower < clip_upper <= 1"]),
-    (dict(preset="nope"), ["preset: got 'nope'", "allowed: one of quickstart, smollm2-dolly, laptop-dolly, lab, gpt2-dolly, opt-dolly, openllama-dolly, llama2-dolly, qwen-dolly"]),
+    (dict(preset="nope"), ["preset: got 'nope'", "allowed: one of quickstart, smollm2-dolly, laptop-dolly, lab, smollm2-gpu, gpt2-dolly, opt-dolly, openllama-dolly, llama2-dolly, qwen-dolly"]),
     (dict(method="nope"), ["method: got 'nope'", "allowed: one of mgsr, mgsr_off_policy, sft, kd, seqkd, seqkd_kd, imitkd, gkd, minillm, distillm, distillm_forward"]),
     (dict(eval_temperature=1e-5), ["eval_temperature: got 1e-05", "allowed: 0 (the likeliest token), or at least 0.01"]),
     (dict(scrg="true"), ["scrg: got 'true' (str)", "allowed: True or False"]),
@@ -79,7 +79,9 @@ def bad_values(name):
     if float in kinds:
         return no_value | st.booleans() | st.text().filter(lambda s: "e" not in s.lower()) | st.sampled_from([math.nan, math.inf, -math.inf, *outside(field, False)])
     special = {"preset": no_value | st.text().filter(lambda s: s not in PRESETS) | st.integers(), "method": no_value | st.text().filter(lambda s: s not in METHODS) | st.integers(),
-               "run_name": no_value | st.integers() | st.sampled_from(["..", "a/../b", "/a", "a/", "a//b", "a b", "~", "a\\b", "a\n", "a\0", "..a"]),
+               "run_name": no_value | st.integers() | st.sampled_from(["..", "a/../b", "/a", "a/", "a//b", "a b", "~", "a\\b", "a\n", "a\0", "..a", "nul", "a/COM1.x", "a."]),
+               "data": no_value | st.integers() | st.sampled_from(["", " ", "dolyl", "mine.xlsx", "missing.jsonl", "nbs", "a/b/c", "owner/name.json", "\0.json", "/", "Tiny"]),
+               "push_to": no_value | st.integers() | st.sampled_from(["mine", "a/b/c", "a b/c", "me/"]),
                "data_dir": no_value | st.integers() | st.sampled_from(["no/such/folder", __file__, "\0", "x" * 1000]),
                "eval_sets": st.floats() | st.booleans() | st.none() | st.integers() | st.sampled_from(["", "tiny,", "Tiny", "auto,tiny", "tiny;dolly", ["tiny", 3]]),
                "eval_seeds": st.floats() | st.booleans() | st.none() | st.integers(max_value=-1) | st.sampled_from(["", "10,", "ten", "1.5", "-1", "10;20", "\u00b2", "\u0661", [1.5]])}
@@ -146,8 +148,8 @@ def test_lists_and_numbers_mean_the_same_as_their_text():
     assert resolve(eval_seeds=[10, 20]).eval_seed_list == [10, 20] == resolve(eval_seeds="10,20").eval_seed_list
     assert resolve(eval_sets=["tiny", "vicuna"]).eval_set_list == ["tiny", "vicuna"] == resolve(eval_sets="tiny, vicuna").eval_set_list
 
-def test_auto_evaluates_on_tiny_or_on_the_five():
-    assert resolve().eval_set_list == ["tiny"] and resolve(data="dolly").eval_set_list == ["dolly", "self_inst", "vicuna", "sinst", "uinst"]
+def test_auto_evaluates_on_tiny_on_the_five_or_on_ones_own():
+    assert resolve().eval_set_list == ["tiny"] and resolve(data="someone/questions").eval_set_list == ["own"] and resolve(data="dolly").eval_set_list == ["dolly", "self_inst", "vicuna", "sinst", "uinst"]
 
 def test_limits_fill_in_the_users_two_fixed_clippings():
     assert resolve(clip="fixed_quantile").limits == (0.95, 0.05) == resolve().limits and resolve(clip="fixed_percentile").limits == (0.90, 0.10)
@@ -166,7 +168,7 @@ def test_choices_are_those_of_the_modules():
     from mgsr_nb import dac_kl, data, divergences, scrg, span, tokens
     choices = lambda name: get_args(FIELDS[name].annotation)
     assert DIVERGENCE_NAMES == tuple(divergences.DIVERGENCES) == choices("kd_loss")
-    assert EVAL_SET_NAMES == tuple(data.EVAL_SETS) and choices("data") == tuple(data.TRAIN_SETS) and choices("shorten") == tokens.SHORTEN and FIELDS["chat_date"].default == tokens.CHAT_DATE and choices("template") == tokens.TEMPLATES
+    assert EVAL_SET_NAMES == tuple(data.EVAL_SETS) and DATA_NAMES == tuple(data.TRAIN_SETS) and choices("shorten") == tokens.SHORTEN and FIELDS["chat_date"].default == tokens.CHAT_DATE and choices("template") == tokens.TEMPLATES
     assert choices("clip_reading") == dac_kl.READINGS and choices("target_class") == dac_kl.TARGETS and choices("remainder") == dac_kl.REMAINDERS and choices("dac_classes") == dac_kl.CLASSES
     assert choices("spans") == span.SPAN_KINDS and choices("span_relation") == tuple(span.RELATIONS) and choices("scrg_direction") == tuple(scrg.DIRECTIONS)
 

@@ -5,11 +5,11 @@ from typing import Literal, get_args, get_origin
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 from other_parameters import FIELDS, NEEDS, OTHER, bounds_of, with_needs
-from mgsr_nb.parameters import EVAL_SET_NAMES
+from mgsr_nb.parameters import DATA_NAMES, EVAL_SET_NAMES
 from mgsr_nb.presets import METHODS, PRESETS
 from mgsr_nb.config import BEFORE, ELSEWHERE, ONLY_WITH, ConfigError, RunConfig, resolve
 from mgsr_nb.files import project_root
-from mgsr_nb.run.folder import finished, open_run, recorded_config, recorded_digests, run_name
+from mgsr_nb.run.folder import NO_PARAMETERS, finished, no_false_start, open_run, recorded_config, recorded_digests, run_folder, run_name
 
 # --- its name
 
@@ -34,6 +34,7 @@ def allowed_values(name):
     if get_origin(field.annotation) is Literal: return st.sampled_from(kinds)
     if name in ("preset", "method"): return st.sampled_from(list(PRESETS if name == "preset" else METHODS))
     if name in ("teacher", "student"): return st.from_regex(r"[a-z0-9.-]{1,40}", fullmatch=True)
+    if name == "data": return st.sampled_from([*DATA_NAMES, "a/b", "a/b:c"])
     if name == "eval_sets": return st.lists(st.sampled_from(EVAL_SET_NAMES), min_size=1, max_size=4)
     if name == "eval_seeds": return st.lists(st.integers(0, 99), min_size=1, max_size=5)
     if bool in kinds: return st.booleans()
@@ -86,7 +87,7 @@ def test_open_run_writes_the_configuration(tmp_path):
     folder = open_run(c)
     record = json.loads((folder / "config.json").read_text())
     assert folder == tmp_path / "dac_weight=0.5,eval_sets=dolly" and record["dac_weight"] == 0.5 and record["digest"] == c.digest
-    assert resolve({k: v for k, v in record.items() if k != "digest"}).digest == c.digest
+    assert resolve({k: v for k, v in record.items() if k not in NO_PARAMETERS}).digest == c.digest
     assert str(tmp_path) not in (folder / "config.json").read_text()
 
 def test_open_run_finds_its_own_and_refuses_another(tmp_path):
@@ -116,6 +117,50 @@ COMMITTED = Path(__file__).resolve().parents[1]/"runs"/"components"/"span"/"seed
 def test_a_committed_run_keeps_its_digest():
     assert recorded_digests(COMMITTED) == ["364d519345a9d7b1", "6f00c20f371bef84"]
     assert recorded_config(COMMITTED).shorten == "beginning"
+
+WRITTEN = dict(checkpoint_every=40, log_every=10, tracker="tensorboard")      # what of a run is written when
+
+def test_when_something_is_written_makes_no_other_run(tmp_path):
+    make = lambda **kw: resolve(runs_dir=str(tmp_path), seed=1, **kw)
+    assert run_name(make(**WRITTEN)) == "seed=1" and open_run(make(**WRITTEN)) == open_run(make()) and make().digest == make(**WRITTEN).digest
+
+def test_a_run_from_when_that_still_counted_is_recognised(tmp_path):
+    "Its record says a digest that has it; the folder, and the digests that it is known by, are those of today."
+    folder = open_run(resolve(runs_dir=str(tmp_path), run_name="x", **WRITTEN))
+    record = json.loads((folder/"config.json").read_text(encoding="utf-8")) | {"digest": "0" * 16}
+    (folder/"config.json").write_text(json.dumps(record), encoding="utf-8")
+    today = resolve(runs_dir=str(tmp_path), run_name="x")
+    assert recorded_digests(folder) == [today.digest] and open_run(today) == folder
+
+# --- a file of data
+
+def test_a_run_on_a_file_is_the_run_on_what_it_holds(tmp_path):
+    files = [tmp_path/"a.jsonl", tmp_path/"b.jsonl"]
+    for f in files: f.write_text("same", encoding="utf-8")
+    make = lambda f, **kw: resolve(runs_dir=str(tmp_path/"runs"), data=str(f), **kw)
+    first, copy = map(make, files)
+    name = run_name(first)
+    assert first.digest == copy.digest and name == f"data=a.jsonl+{first.digest[:8]}"
+    folder = open_run(make(files[0], run_name="x"))
+    assert open_run(make(files[1], run_name="x")) == folder and recorded_digests(folder) == [copy.digest]
+    files[0].write_text("other", encoding="utf-8")
+    assert run_name(make(files[0])) != name and recorded_digests(folder) == [copy.digest]
+    with pytest.raises(ConfigError, match="a.jsonl held something else"): open_run(make(files[0], run_name="x"))
+    files[0].unlink()       # the record can still be read
+    assert recorded_digests(folder) == [copy.digest] and recorded_config(folder).data == str(files[0])
+    with pytest.raises(ConfigError, match="a.jsonl': there is no such file"): make(files[0])
+
+# --- a start that fails
+
+@pytest.mark.parametrize("begun", [(), ("log.csv",)])
+def test_a_failed_start_leaves_no_folder_and_a_begun_one_stays(tmp_path, begun):
+    c = resolve(runs_dir=str(tmp_path/"runs"), run_name="suite/cell/seed0")
+    (tmp_path/"runs"/"suite"/"other").mkdir(parents=True)
+    open_run(c)
+    for name in begun: (run_folder(c)/name).touch()
+    with pytest.raises(MemoryError), no_false_start(c): raise MemoryError
+    left = {p.relative_to(tmp_path/"runs"/"suite").as_posix() for p in (tmp_path/"runs"/"suite").rglob("*")}
+    assert left == ({"other", "cell", "cell/seed0", "cell/seed0/config.json", "cell/seed0/log.csv"} if begun else {"other"})
 
 def test_overwrite_takes_the_old_results_away(tmp_path):
     make = lambda **kw: resolve(runs_dir=str(tmp_path), run_name="x", **kw)

@@ -23,7 +23,7 @@ class Blocked:      # whatever could load a model or data
 sys.meta_path.insert(0, Blocked())
 sys.addaudithook(lambda event, args: sys.exit(f"opens {{args[0]}}") if event == "open" and str(args[0]).endswith((".jsonl", ".safetensors", ".gguf", "config.json")) else None)
 from mgsr_nb.presets import PRESETS, METHODS
-from mgsr_nb.config import ConfigError, EVAL_SET_NAMES, RunConfig, resolve
+from mgsr_nb.config import ConfigError, RunConfig, resolve
 from typing import Literal, get_args, get_origin
 
 rng, fields = random.Random({seed}), RunConfig.model_fields
@@ -34,7 +34,7 @@ def right(name, value):
     kinds = get_args(fields[name].annotation) or (fields[name].annotation,)
     if value is None: return type(None) in kinds
     if value == "1e5" and float in kinds: return True      # what YAML takes for text
-    if name in ("data_dir", "run_name") and value == "" or name == "data_dir" and value == "../.." or name == "run_name" and value in ("true", "None", "1e5", "\\u0661"): return True
+    if name in ("data_dir", "run_name", "push_to") and value == "" or name == "data_dir" and value == "../.." or name == "run_name" and value in ("true", "None", "1e5", "\\u0661"): return True
     return name in ("teacher", "student", "runs_dir") and isinstance(value, str) and value.strip() != "" and value not in ("\\0", "\\ud800")
 
 def bad(name):
@@ -48,6 +48,8 @@ def bad(name):
     elif float in kinds: choices += [True, "0.5", *(b - 1e-9 for k, b in bounds.items() if k == "ge"), *(b for k, b in bounds.items() if k in ("gt", "lt")), *(b + 1e-9 for k, b in bounds.items() if k == "le")]
     elif get_origin(f.annotation) is Literal: choices += [True, 0, rng.choice(kinds).upper() + "_", rng.choice(kinds)[:-1]]
     elif name == "run_name": choices += ["..", "a/../b", "/etc", "a//b", "a/", "a b", "~", "a" * 300, "\\u00fc" * 150, "/".join("a" * 300)]
+    elif name == "data": choices += ["Tiny", "dolyl", "no/such/file.jsonl", "a/b/c", __file__]
+    elif name == "push_to": choices += ["mine", "a/b/c", "a b/c"]
     elif name == "data_dir": choices += ["no/such/folder", __file__]
     elif name == "eval_sets": choices += ["Tiny", "tiny,", "tiny;dolly", ["tiny", 3]]
     elif name == "eval_seeds": choices += ["10,", "ten", "1.5", "-1", [1.5], ["a"], -3]

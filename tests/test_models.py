@@ -326,6 +326,21 @@ def test_a_damaged_wheel_is_not_used(cache, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="is damaged or another version") as e: model_path(BUILTIN)
     assert GGUF_INSTALL + " --force-reinstall" in str(e.value)
 
+def test_a_hub_cache_that_cannot_be_used_is_named_with_its_variable(monkeypatch):
+    from mgsr_nb import models
+    def refuse(*args, **kw): raise FileNotFoundError(2, "No such file or directory", f"{models.HF_HOME}/hub/models--a--b")
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(ConfigError) as e: load_tokenizer("a/b")
+    assert str(e.value).startswith(f"HF_HOME: the folder {models.HF_HOME}, where models of the hub are kept, cannot be used ([Errno 2]")
+
+def test_an_artefact_that_the_disk_does_not_take_names_the_variable_too(cache):
+    "Also while it is made; an error about another place is left as it is."
+    from mgsr_nb.files import artefact
+    def full(folder): raise OSError(28, "No space left on device", str(folder/"weights"))
+    with pytest.raises(ConfigError, match="^MGSR_CACHE: .*No space left"): artefact("demo", {}, full)
+    def elsewhere(folder): raise FileNotFoundError(2, "No such file or directory", "data.jsonl")
+    with pytest.raises(FileNotFoundError): artefact("demo", {}, elsewhere)
+
 @pytest.mark.parametrize("name", ["./no-such-folder", "no-such-owner/no-such-model"])
 def test_a_model_that_cannot_be_had_is_an_error_that_says_what_to_do(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1"); monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

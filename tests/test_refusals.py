@@ -24,6 +24,8 @@ def cache(root, parameters, env):
     (root/"file").write_text("", encoding="utf-8")
     env["MGSR_CACHE"] = str(root/"file")
 
+def no_place(root, parameters, env): env["MGSR_CACHE"] = "/proc/no-such-place"     # nobody can make a folder there
+
 def homeless(root, parameters, env):
     "No home folder and no MGSR_CACHE; in a container the user has no entry either."
     (root/"usercustomize").mkdir(exist_ok=True)
@@ -41,6 +43,7 @@ def runs(root, parameters, env):
 CASES = {**{name: (unfit(name), "teacher: ", words) for name, (_, words) in UNFIT.items()},
     "chat": (chat, "template: ", "has no chat template"),
     "cache": (cache, "MGSR_CACHE: ", "cannot be written"),
+    "nowhere": (no_place, "MGSR_CACHE: ", "the cache /proc/no-such-place cannot be written ([Errno 2] No such file or directory"),
     "home": (homeless, "HOME: ", "no home folder"),
     "runs": (runs, "runs_dir: ", "cannot be written")}
 

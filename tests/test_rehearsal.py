@@ -27,6 +27,14 @@ def test_a_data_folder_is_kept(tmp_path):
     small = rehearsal(config, "t", "s", tmp_path)
     assert (small.data, small.data_dir, small.eval_sets) == ("dolly", str(tmp_path), "auto")
 
+def test_a_file_of_ones_own_is_read_and_nothing_is_uploaded(tmp_path):
+    (tmp_path/"mine.jsonl").touch()
+    data = str(tmp_path/"mine.jsonl")
+    small = rehearsal(resolve(data=data, eval_sets="own,dolly", push_to="me/mine"), "t", "s", tmp_path)
+    assert (small.data, small.eval_sets, small.push_to) == (data, "own", "")
+    small = rehearsal(resolve(data="some/questions"), "t", "s", tmp_path)
+    assert (small.data, small.eval_sets) == ("tiny", "tiny")
+
 def test_what_was_there_before_is_there_after(monkeypatch, tmp_path):
     "The cache's variable and the progress bars, if the run fails; and the error names the model."
     seen = {}

@@ -9,7 +9,7 @@ from mgsr_nb.run.folder import finished, open_run
 from mgsr_nb.study.jobs import jobs_of, lock_of, locked, state
 from mgsr_nb.study.progress import plan, time_left
 from mgsr_nb.study.engines import Processes
-from mgsr_nb.study.runner import ablate, slots_of, threads_of
+from mgsr_nb.study.runner import ablate, at_a_time, slots_of, threads_of
 
 CELLS = list(SUITES['loss_weights'].cells)
 TRAIN = """
@@ -58,6 +58,9 @@ def wait_for(condition, seconds=60):
         assert time.time() < end, 'waited too long'
         time.sleep(.05)
 
+
+def test_the_plan_says_how_many_cells_share_a_gpu():
+    assert [at_a_time(d) for d in ([None], [None, None], [0, 1], [0, 0, 0, 0], [0, 1, 0])] == ["1 at a time", "2 at a time", "2 at a time", "4 at a time, 4 on each GPU", "3 at a time, 2 on each GPU"]
 
 def test_every_suite_is_valid_under_every_preset():
     for name, suite in SUITES.items():

@@ -14,7 +14,7 @@ PLAIN = [Example(f"p{i}", f"Say {i}", references=("the cat sleeps",)) for i in r
 def load(monkeypatch):
     "`load(validation, test, **parameters)`: `load_data` of these examples."
     def make(validation, test, **more):
-        monkeypatch.setattr(R.setup, "load_train", lambda *a: Splits(PLAIN, validation, {"notes": []}))
+        monkeypatch.setattr(R.setup, "load_splits", lambda *a: Splits(PLAIN, validation, {"notes": []}))
         monkeypatch.setattr(R.setup, "load_eval_set", lambda *a: test)
         return R.setup.load_data(resolve(max_prompt_tokens=190, max_tokens=260, **more), byte_level())
     return make

@@ -13,7 +13,7 @@ GROUPS = {'Start here': ['index', 'report', 'explorer', 'explorer_divergences', 
           'The method': [], 'A run': [], 'A study': [],           # the numbered notebooks, see `part`
           'Run it': ['usage', 'train', 'troubleshooting'],
           'Look it up': ['details', 'equations', 'api']}
-NUMBERED = re.compile(r'(\d\d)_')
+NUMBERED = re.compile(r'(\d\d[a-z]?)_')
 # options of _quarto.yml and of nbdev that smalldocs leaves alone; output-file is read by us
 QUARTO_ONLY = re.compile(r'key format-links|format commonmark|keep-md|output-file')
 OWN_LINK = re.compile(r'\[`([^`]+)`\]\((/\w+\.html)#([\w.]+)\)')

@@ -18,6 +18,7 @@ from mgsr_nb.models import (
     lora_targets)
 from ..span import phrase_chunker
 from ..decoding import Reading, evaluating
+from .hub import check_push
 
 # %% ../../nbs/28_checks.ipynb #bcef5d3b
 def check_tokenizer(config: RunConfig, tokenizer) -> None:
@@ -50,8 +51,9 @@ def check_pair(config: RunConfig, tokenizer) -> None:
 
 # %% ../../nbs/28_checks.ipynb #abd0ca92
 def check_tools(config: RunConfig) -> None:
-    "Refuse what needs a package or a program that is not here. Raises `ConfigError`."
+    "Refuse what needs a package, a program or a token that is not here. Raises `ConfigError`."
     phrase_chunker(config.chunker)
+    check_push(config)
     if (config.tracker != "none" and not getattr(accelerate.utils, f"is_{config.tracker}_available",
                 lambda: False)()):
         raise ConfigError(f"tracker: {config.tracker} is not installed; allowed: none, or: pip "

@@ -8,16 +8,18 @@ __all__ = ['SMALLER', 'DOLLY_EXAMPLES', 'check_facts', 'check_families', 'check_
            'trained_line', 'rehearsal_line', 'report', 'dry_run']
 
 # %% ../../nbs/36_dry_run.ipynb #8d33529a
-import math, os, shutil, tempfile
+import math, shutil, tempfile
 from pathlib import Path
 import torch
 from ..config import ConfigError, RunConfig
+from ..files import from_here
+from ..files import from_here
 from ..lab import lab_sizes
 from ..models import BUILTIN, check_sizes, check_tokenizers, load_tokenizer
 from .folder import finished, open_run, run_folder
 from .blueprints import (
     ARCHITECTURES, Conventions, architecture, conventions, with_layers)
-from .rehearsal import named, quietly, rehearse
+from .rehearsal import named, quietly, rehearse, stand_in
 from .memory import BYTES, DISTILLING, Item, Sizes, memory, millions, phases, sizes
 
 # %% ../../nbs/36_dry_run.ipynb #ebb060cc
@@ -57,21 +59,21 @@ def check_folder(config: RunConfig, folder: Path) -> str:
     with named({str(mirror): str(real)}): open_run(copied)
     state = "finished already" if finished(real) else "begun already" if real.is_dir() else "new"
     if config.overwrite and real.is_dir(): state += ", to be replaced"
-    return f"{os.path.relpath(real)} ({state})"
+    return f"{from_here(real)} ({state})"
 
 # %% ../../nbs/36_dry_run.ipynb #4f894831
 def gigabytes(size: float) -> str: return f"{size / 1e9:,.{1 if size >= 1e9 else 2}f} GB"
 
 def schedule(c: RunConfig, examples: int) -> list[str]:
-    "Steps, sequences, epochs, tokens."
+    "Steps, sequences, epochs (if the number of `examples` is known, and not 0), tokens."
     if c.max_train_examples: examples = min(examples, c.max_train_examples)
     sequences = c.max_steps * c.batch_size
     on_data = c.distils and c.sampling == "fixed"
     data = c.max_tokens if c.reads_data or on_data else 0
     sampled = c.max_prompt_tokens + c.max_new_tokens if c.distils and not on_data else 0
     tokens = c.batch_size * (data + sampled)
-    return [f"{c.max_steps:,} steps of {c.batch_size} sequences: {sequences:,} sequences, "
-            f"{sequences / examples:.1f} epochs of {examples:,} examples",
+    epochs = f", {sequences / examples:.1f} epochs of {examples:,} examples" if examples else ""
+    return [f"{c.max_steps:,} steps of {c.batch_size} sequences: {sequences:,} sequences{epochs}",
             f"a step trains on at most {c.batch_size} x ({data} + {sampled}) = {tokens:,} tokens "
             "(ground truth + student's text, prompts included)"]
 
@@ -169,10 +171,10 @@ def rehearsal_line(found: dict) -> str:
 def report(c: RunConfig, s: Sizes, items: list[Item], where: str, found: dict) -> str:
     "All findings as text."
     rehearsed, examples = rehearsal_line(found), found["train_examples"]
-    if c.data != "tiny" and not c.data_dir:
-        examples = DOLLY_EXAMPLES
-        rehearsed += (" The shipped data stood in for dolly; with data_dir, the files themselves "
-                      "are read.")
+    if c.data != "tiny" and stand_in(c):
+        examples = DOLLY_EXAMPLES if c.data == "dolly" else 0
+        rehearsed += f" The shipped data stood in for {c.data}"
+        rehearsed += "; with data_dir, the files themselves are read." if examples else "."
     lines = [f"folder: {where}", model_line("teacher", c.teacher, s.teacher, s.teacher_weights),
              model_line("student", c.student, s.student, s.student_weights), trained_line(s),
              rehearsed, *schedule(c, examples)]

@@ -7,7 +7,7 @@ __all__ = ['SCORED', 'WHO', 'scores', 'average_of', 'machine', 'write_results', 
            'read_samples', 'metrics_table', 'Card', 'curve_svg', 'run_card', 'shortened', 'cost_of', 'learned_limits']
 
 # %% ../../nbs/32_results.ipynb #495c82f5
-import html, json, platform, shutil, time
+import contextlib, html, json, platform, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -17,9 +17,11 @@ from ..config import ConfigError, RunConfig
 from ..files import write_atomic, write_csv, write_json
 from ..models import save_model
 from ..evaluation import evaluate
-from .folder import finished, open_run, run_folder, run_name
+from .folder import finished, no_false_start, open_run, run_folder, run_name
 from .engine import accelerator_of, precision_of, speaking
 from .artefacts import made_once
+from .card import write_card
+from .hub import push
 from .setup import Setup, prepare
 from .trainer import Trainer
 
@@ -82,7 +84,10 @@ def write_results(setup: Setup, folder: Path, start: dict, teacher: dict, end: d
     if not setup.accelerator.is_main_process: return metrics
     write_csv(folder/"log.csv", log)
     write_atomic(folder/"samples.jsonl", "\n".join(_samples(setup, found)) + "\n")
-    if c.save_student: save_model(setup.student, setup.tokenizer, folder/"student")
+    if c.save_student:
+        save_model(setup.student, setup.tokenizer, folder/"student")
+        models = {"student": end, "student before": start, "teacher": teacher}
+        write_card(folder/"student", c, run_name(c), models, setup.report)
     write_json(folder/"metrics.json", metrics)
     tidy(folder)
     return metrics
@@ -114,16 +119,17 @@ class Run:
     `prepare`, `before`, `resume`, `train`, `finish`. A run that is `done` takes none of them."""
     def __init__(self, config: RunConfig, cpu: bool = False):
         accelerator = accelerator_of(config, cpu)
-        self.config, self.cpu = config, cpu
-        self.folder = open_run(config) if accelerator.is_main_process else run_folder(config)
+        self.config, self.cpu, self.main = config, cpu, accelerator.is_main_process
+        self.folder = open_run(config) if self.main else run_folder(config)
         accelerator.wait_for_everyone()
         self.done = finished(self.folder)
-        if self.done and accelerator.is_main_process: tidy(self.folder)
+        if self.done and self.main: tidy(self.folder)
 
     def prepare(self) -> Setup:
-        "Data, teacher and student: checked, and loaded or made."
+        "Data, teacher and student: checked, and loaded or made. An error leaves no folder."
         self.times = [time.perf_counter()]
-        self.setup = prepare(self.config, self.cpu)
+        guard = no_false_start(self.config) if self.main else contextlib.nullcontext()
+        with guard: self.setup = prepare(self.config, self.cpu)
         return self.setup
 
     def before(self) -> tuple[dict, dict]:
@@ -160,13 +166,12 @@ def run(config: RunConfig, cpu: bool = False) -> dict:
 
     A finished run of the same parameters is not repeated."""
     this = Run(config, cpu)
-    if this.done: return read_metrics(this.folder)
-    setup = this.prepare()
-    this.before()
-    this.resume()
-    this.train()
-    metrics = this.finish()
-    setup.accelerator.wait_for_everyone()     # nobody returns before the results are there
+    if this.done: metrics = read_metrics(this.folder)
+    else:
+        for part in (this.prepare, this.before, this.resume, this.train): part()
+        metrics = this.finish()
+    if config.push_to and this.main: print(push(config, this.folder))
+    accelerator_of(config, cpu).wait_for_everyone()   # nobody returns before the results are there
     return metrics
 
 def read_metrics(folder: Path) -> dict:

@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from ..parameters import OWN_SET
 from ..config import ConfigError, RunConfig
 from ..files import read_json, write_atomic, write_json
-from ..data import EVAL_SETS, blank_note, load_eval_set, load_train, place_of, subset_note
+from ..data import EVAL_SETS, blank_note, load_eval_set, place_of, subset_note
+from ..own_data import load_splits
 from ..tokens import Encoded, PromptTooLong, batch_indices, encode
 from ..models import (
     add_lora, load_tokenizer, rows_at_once, shared_vocabulary, stop_ids)
@@ -136,11 +138,13 @@ def load_data(config: RunConfig, tokenizer) -> tuple[list[Encoded], list[Encoded
     """Encoded training, validation and evaluation examples, and the report of what was read; what
     a reader of the results should know is a warning too."""
     c = config
-    splits = load_train(c.data, c.data_dir)
-    tests = {name: load_eval_set(name, c.data_dir) for name in c.eval_set_list}
+    splits = load_splits(c.data, c.data_dir, c.split_seed, c.template)
+    tests = {name: splits.test if name == OWN_SET else load_eval_set(name, c.data_dir)
+        for name in c.eval_set_list}
     report = {**splits.report, "prompts": {}, "notes": list(splits.report["notes"]),
         "eval_records": {name: len(examples) for name, examples in tests.items()},
-        "eval_files": {name: place_of(EVAL_SETS[name], c.data_dir) for name in tests}}
+        "eval_files": {name: splits.report["data"] if name == OWN_SET
+            else place_of(EVAL_SETS[name], c.data_dir) for name in tests}}
     for name, e in tests.items():
         found = subset_note(name, e), blank_note(name, e), wordless_note(name, e, c.rouge_words)
         report["notes"] += filter(None, found)

@@ -6,7 +6,7 @@
 __all__ = ['BUSY', 'cell_process', 'Processes', 'visible_devices', 'RayTasks', 'run_elsewhere']
 
 # %% ../../nbs/43_engines.ipynb #1a271fcd
-import json, os, queue, signal, subprocess, sys, tempfile, threading
+import json, os, queue, subprocess, sys, tempfile, threading
 from typing import Optional, Sequence
 from ..config import ConfigError
 from ..run.folder import finished
@@ -48,11 +48,11 @@ class Processes:
         "Run the job to its end; finished, failed or running (elsewhere)."
         device = self.devices.get()
         try:
-            with tempfile.TemporaryFile("w+") as said:
+            with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
                 child = subprocess.Popen([sys.executable, "-c",
                         "from mgsr_nb.study.engines import cell_process; cell_process()"],
                     stdin=subprocess.PIPE, stdout=said, stderr=said,
-                                         text=True, env=self.environment(device),
+                                         encoding="utf-8", env=self.environment(device),
                                          start_new_session=True)
                 self.children.add(child)
                 child.stdin.write(json.dumps({"params": job.params, "overwrite": self.overwrite})
@@ -71,7 +71,7 @@ class Processes:
         if self.stopped: return "begun"
         if status == 1 and (job.folder/"error.json").is_file(): return "failed"
         why = (f"the process of this cell ended with status {status}"
-            + (" (killed; perhaps out of memory)" if status == -signal.SIGKILL else ""))
+            + (" (killed; perhaps out of memory)" if status == -9 else ""))
         return record_failure(job.folder, job.params, why, said)
 
     def stop(self) -> None:

@@ -6,13 +6,13 @@
 __all__ = ['PRESET', 'Job', 'jobs_of', 'lock_of', 'locked', 'state', 'run_cell', 'record_failure', 'finished_runs', 'take_over']
 
 # %% ../../nbs/41_jobs.ipynb #e0a08d91
-import json, re, sys, traceback
+import re, sys, traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Sequence
 from filelock import FileLock, Timeout
 from ..config import ConfigError, RunConfig, nearest, resolve
-from ..files import project_root, write_atomic, write_json
+from ..files import project_root, read_json, write_atomic, write_json
 from ..run.folder import finished, open_run, recorded_digests, run_folder, run_name, runs_root
 from ..run.command import execute_whole, local_kernel
 from .suites import After, SUITES
@@ -160,8 +160,9 @@ def take_over(config: RunConfig) -> bool:
     source = finished_runs(root, config.seed).get(config.digest)
     if source is None or config.save_student: return False
     for name in ("log.csv", "samples.jsonl"):
-        if (source/name).is_file(): write_atomic(folder/name, (source/name).read_text())
-    metrics = json.loads((source/"metrics.json").read_text())
+        if (source/name).is_file():
+            write_atomic(folder/name, (source/name).read_text(encoding="utf-8"))
+    metrics = read_json(source/"metrics.json")
     name, first = run_name(config), source.relative_to(root).as_posix()
     write_json(folder/"metrics.json", {"taken_from": first, **metrics, "run_name": name,
             "config": {**metrics.get("config", {}), "run_name": name}})

@@ -6,10 +6,10 @@
 __all__ = ['plan', 'time_left', 'clock']
 
 # %% ../../nbs/42_progress.ipynb #a260b3da
-import json
 from typing import Optional, Sequence
 import pandas as pd
 from ..config import resolve
+from ..files import read_json
 from ..run.folder import runs_root
 from .jobs import Job, finished_runs, state
 
@@ -23,7 +23,7 @@ def plan(jobs: Sequence[Job]) -> pd.DataFrame:
         if (now == "missing" and job.after is None
                 and (source := there.get(resolve(job.params).digest))):
             now, done = "elsewhere", source
-        seconds = (json.loads((done/"metrics.json").read_text())["seconds"]
+        seconds = (read_json(done/"metrics.json")["seconds"]
             if now in ("finished", "elsewhere") else {})
         seconds.pop("preparation", None)        # mostly what the cells share
         steps = int(pd.read_csv(log).step.max()) if log.is_file() and now != "changed" else 0
