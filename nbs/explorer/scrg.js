@@ -22,6 +22,7 @@
   const control = name => root.querySelector(`[name=${name}]`);
   const shown = word => word.replaceAll("\n", "↵") || "·";
   const quoted = word => JSON.stringify(word);
+  const number = x => x < 1e-3 ? x.toExponential(0) : x.toPrecision(2);
   const signed = x => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
   const strip = root.querySelector(".tokens");
   let at = 0;
@@ -68,15 +69,15 @@
     const differ = text.ids.filter((id, i) => id !== text.drawn[i]).length;
     show("differ", `${differ} of ${text.tokens.length}`, differ);
     const student = place.words[place.student], teacher = place.words[place.teacher];
-    root.querySelector(".said").textContent = `The student wrote ${quoted(student)} (it gave it ${place.q[place.student].toPrecision(2)}, the teacher ${place.p[place.student].toPrecision(2)}). The teacher drew `
-      + (student === teacher && !place.rewrites.length ? "the same." : `${quoted(teacher)} (it gave it ${place.p[place.teacher].toPrecision(2)}, the student ${place.q[place.teacher].toPrecision(2)}).`);
+    root.querySelector(".said").textContent = `The student wrote ${quoted(student)} (it gave it ${number(place.q[place.student])}, the teacher ${number(place.p[place.student])}). The teacher drew `
+      + (student === teacher && !place.rewrites.length ? "the same." : `${quoted(teacher)} (it gave it ${number(place.p[place.teacher])}, the student ${number(place.q[place.teacher])}).`);
     const most = Math.max(...place.p, ...place.q);
     root.querySelector("tbody").replaceChildren(...place.words.map((word, k) => {
       const [p, q] = [place.p[k], place.q[k]], nats = part(o.direction, p, q);
       const cell = make("td", { class: "right" }, signed(nats));
       cell.dataset.part = nats;
-      const mark = k === place.student && k === place.teacher ? " ← both" : k === place.student ? " ← student" : k === place.teacher ? " ← teacher" : "";
-      return make("tr", {}, make("td", { class: "word" }, quoted(word) + mark), make("td", { "aria-hidden": true }, bar("teacher", p / most), bar("student", q / most)), make("td", { class: "right" }, p.toPrecision(2)), make("td", { class: "right" }, q.toPrecision(2)), cell);
+      const mark = k === place.student && k === place.teacher ? "both wrote it" : k === place.student ? "the student's" : k === place.teacher ? "the teacher's" : "";
+      return make("tr", {}, make("td", { class: "word" }, shown(word.trim() || word), ...(mark ? [make("small", {}, mark)] : [])), make("td", { "aria-hidden": true }, bar("teacher", p / most), bar("student", q / most)), make("td", { class: "right" }, number(p)), make("td", { class: "right" }, number(q)), cell);
     }));
     root.querySelector(".correction").replaceChildren(...correction(text, place));
     return error;
