@@ -19,9 +19,8 @@ from .span import relation_of
 
 # %% ../nbs/13_objective.ipynb #fb888e45
 class Rows(NamedTuple):
-    """n supervised positions, and the row after each: n of them, or n - 1 at the end of all.
-
-    The teacher's are None where no term needs it."""
+    """n supervised positions, and the row after each: n of them, or n - 1 at the end of all. The
+    teacher's are None where no term needs it."""
     log_q: Tensor             # (n, V) student's log-probabilities
     q: Tensor                 # (n, V) student's probabilities
     label_log_q: Tensor       # (n,) student's log-probability of each label
@@ -33,6 +32,7 @@ class Rows(NamedTuple):
     pair_weight: Tensor       # (n,) weight of the pair of this row and the next
     policy: Optional[NamedTuple] = None     # of (n,) tensors (notebook 17)
 
+# %% ../nbs/13_objective.ipynb #4286f263
 def whole_rows(log_q: Tensor, log_p: Optional[Tensor], labels: Tensor,
         pair_weight: Optional[Tensor] = None, policy: Optional[NamedTuple] = None) -> Rows:
     "`Rows` of all N positions from log-probabilities (N, V), with their graph: to try a term."
@@ -56,9 +56,9 @@ class Divergence(nn.Module):
     def forward(self, rows: Rows):
         return self.between(rows.log_q, rows.log_p, **self.options), {}
 
+# %% ../nbs/13_objective.ipynb #cc981c7d
 class DAC(nn.Module):
-    """L_DAC, Eq. 8, with whatever clips the classes; the sub-network, if there is one, is part of
-    it and is trained with it."""
+    "L_DAC, Eq. 8, with whatever clips the classes; a sub-network is part of it, and trained too."
     text, per, needs_teacher = "distilled", "tokens", True
     def __init__(self, dac_kl: DACKL):
         super().__init__()
@@ -85,6 +85,7 @@ def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
     total = x.sum(-1, keepdim=True)
     return x.div_(total), z.sub_(total.log())
 
+# %% ../nbs/13_objective.ipynb #9c1e336b
 class Student:
     "The student's part of the rows, cut off from logits (n or n + 1, V): `leaves` for the terms."
     def __init__(self, logits: Tensor, labels: Tensor, gradients: bool):
@@ -111,8 +112,7 @@ class Student:
 # %% ../nbs/13_objective.ipynb #66b5b6fc
 @dataclass
 class Text:
-    """N supervised positions of one batch: hidden states, and the heads that turn them into logits,
-    of which the first `vocab` count."""
+    "N supervised positions of a batch: hidden states, and heads whose first `vocab` logits count."
     student_hidden: Tensor                    # (N, H)
     labels: Tensor                            # (N,)
     student_head: nn.Module                   # (n, H) -> (n, V or more)
@@ -258,11 +258,11 @@ class Evaluated(NamedTuple):
     notes: dict[str, Tensor]        # sums of the diagnostics, and of their squares
     label_log_p: Optional[Tensor]   # (N,) the teacher's, of each token; None if unknown
 
+# %% ../nbs/13_objective.ipynb #91178ea3
 class Objective(nn.Module):
-    """Eq. 11: the terms by name, their weights, and how many rows are projected at once.
-
-    Terms of weight 0 should not be in it: they cost. `block_rows` = 0: on a CPU `BLOCK` logits,
-    unless adding up the gradient of a large f_sub costs more; else the whole chunk."""
+    """Eq. 11: the terms by name, their weights, and how many rows are projected at once. Terms of
+    weight 0 should not be in it: they cost. `block_rows` = 0: on a CPU `BLOCK` logits, unless
+    adding up the gradient of a large f_sub costs more; else the whole chunk."""
     def __init__(self, terms: dict[str, nn.Module], weights: dict[str, float],
             chunk_tokens: int = 256, block_rows: int = 0):
         super().__init__()

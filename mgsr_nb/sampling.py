@@ -36,6 +36,7 @@ class Fixed:
     def state_dict(self) -> dict: return {}
     def load_state_dict(self, state: dict) -> None: "Nothing to load."
 
+# %% ../nbs/15_sampling.ipynb #1dc635c0
 class OnPolicy(Fixed):
     """The student's samples.
 
@@ -48,6 +49,7 @@ class OnPolicy(Fixed):
         responses = self.sample(prompts, keys, [self.max_new_tokens] * len(prompts))
         return list(zip(prompts, responses)), "student"
 
+# %% ../nbs/15_sampling.ipynb #7da459cc
 class Mixed(Fixed):
     """On-policy in a share of the steps, else fixed: one draw a step, a function of (seed, step),
     so equal in all processes and after a resume."""

@@ -66,6 +66,7 @@ class Scores:
 
 DIRECTIONS = {"student_teacher": reverse_kl, "teacher_student": forward_kl}
 
+# %% ../nbs/16_scrg.ipynb #046270c0
 class Scorer:
     """Compares student and teacher on the student's text: the KL of `direction`, and the teacher's
     token (`sample`, one draw, or `greedy`)."""
@@ -141,6 +142,7 @@ class Revision:
             "scrg_position": mean([self.position[b] for b in found]),
                 "scrg_kl": mean([self.kl[b] for b in found])}
 
+# %% ../nbs/16_scrg.ipynb #d5321ddd
 class SCRG:
     """Revises student-written pairs: `scorer` reads them, `detect` ranks the positions,
     `sample(prompts, keys, limits, past)` re-generates (Eq. 3, 4)."""

@@ -44,6 +44,7 @@ def _for_lexicon(word: str) -> str:
     for `to` and 4 for `for`."""
     return "10" if word[0].isdecimal() else word.replace("’", "'")
 
+# %% ../nbs/12_span.ipynb #208a1a49
 def _chunks(words: list[tuple[str, int, int]], rows: list[list[str]], join_prepositions: bool):
     "Group the words of one line by their labels: yields (kind, its words)."
     kind, group = "", []
@@ -55,6 +56,7 @@ def _chunks(words: list[tuple[str, int, int]], rows: list[list[str]], join_prepo
         group.append(word)
     if kind and group: yield kind, group
 
+# %% ../nbs/12_span.ipynb #36d89406
 def phrase_spans(text: str, join_prepositions: bool = True) -> list[tuple[int, int, str]]:
     """(start, end, kind) in characters of the noun, verb and prepositional phrases (NP, VP, PP), in
     order, not overlapping; each begins and ends with a word."""
@@ -91,6 +93,7 @@ def parsed_phrases(doc) -> list[tuple[int, int, str]]:
         i = stop
     return spans
 
+# %% ../nbs/12_span.ipynb #93cf366f
 @lru_cache
 def phrase_chunker(name: str = "textblob", model: str = "en_core_web_sm") -> Callable[[str],
         list[tuple[int, int, str]]]:
@@ -181,6 +184,7 @@ def text_runs(ids: Sequence[int], special: set[int]) -> list[tuple[int, int]]:
 # %% ../nbs/12_span.ipynb #adfa6f33
 SPAN_KINDS = ("phrases", "fixed", "random", "whole")
 
+# %% ../nbs/12_span.ipynb #d4d5569a
 class SpanFinder:
     "Token spans of a response: call it with the response's ids, get a list of (first, stop)."
     def __init__(self, tokenizer, kind: str = "phrases", length: int = 4, seed: int = 0,

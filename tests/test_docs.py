@@ -1,5 +1,5 @@
 """The documentation site: it builds offline, its links lead somewhere, and a browser shows it as it should."""
-import html.parser, importlib, json, os, re, shutil, subprocess, sys
+import html, html.parser, importlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 import nbformat, pytest, torch
@@ -9,7 +9,7 @@ from mgsr_nb.dac_kl import DACKL, READINGS, REMAINDERS, TARGETS, FixedClip
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
 sys.path.insert(0, str(ROOT/'tools'))
-import explorer_data
+import docs, explorer_data
 
 WIDTHS = 390, 1280
 SOURCES = 'nbs', 'tools', 'mgsr_nb', 'runs/examples'
@@ -40,12 +40,16 @@ def test_equations_notebook_shows_the_table_of_today():
         assert f"${row['formula']}$" in shown and row['what'] in shown
         assert all(f"[{s.split('.')[-1]}]" in shown for s in row['symbols'])
 
-def test_explorer_notebook_carries_the_figure_of_today():
-    page, script, data = ((NBS/'explorer'/name).read_text(encoding='utf-8') for name in ('figure.html', 'figure.js', 'data.json'))
-    assert len(data) < 60_000
-    notebook = nbformat.read(NBS/'explorer.ipynb', as_version=4)
+FIGURES = {'explorer': ('dac_kl', 'data'), 'explorer_divergences': ('divergences', 'data'), 'explorer_scrg': ('scrg', 'scrg'), 'explorer_step': ('step', 'step')}   # page: figure, data
+
+@pytest.mark.parametrize('stem', FIGURES)
+def test_explorer_notebook_carries_the_figure_of_today(stem):
+    figure, data = FIGURES[stem]
+    page, script, style, data = ((NBS/'explorer'/name).read_text(encoding='utf-8') for name in (f'{figure}.html', f'{figure}.js', 'explorer.css', f'{data}.json'))
+    assert len(data) < 150_000
+    notebook = nbformat.read(NBS/f'{stem}.ipynb', as_version=4)
     shown = ''.join(o.data.get('text/html', '') for c in notebook.cells if c.cell_type == 'code' for o in c.outputs if 'data' in o)
-    assert script in shown and data.replace('</', '<\\/') in shown and page.split('SCRIPT')[0].split('DATA')[0] in shown
+    assert script in shown and data.replace('</', '<\\/') in shown and page.replace('STYLE', style).split('SCRIPT')[0].split('DATA')[0] in shown
 
 def test_explorer_data_hold_the_whole_vocabulary():
     for position in json.loads((NBS/'explorer'/'data.json').read_text(encoding='utf-8'))['positions']:
@@ -136,6 +140,23 @@ def test_no_page_or_style_names_another_host_to_load_from(site):
     loads = re.compile(r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]*)|<link[^>]*\shref="(https?:[^"]*)|@import[^;]*(https?:[^;]*)|url\(["\']?(https?:[^)]*)')
     found = [(p.name, m[0][:80]) for p in site.rglob('*') if p.suffix in {'.html', '.css'} for m in loads.finditer(p.read_text(encoding='utf-8'))]
     assert not found
+
+
+def test_formulas_are_rendered_before_a_reader_comes(site):
+    if not shutil.which('node'): pytest.skip('no Node here: the formulas are rendered in the browser, where they keep their place')
+    texts = {p.name: p.read_text(encoding='utf-8') for p in site.glob('*.html')}
+    assert not [name for name, text in texts.items() if docs.FORMULA.search(text) or 'katex.min.js' in text]
+    assert texts['divergences.html'].count('class="katex"') > 20 and 'katex-error' not in texts['divergences.html']
+
+def test_without_node_formulas_are_left_to_the_browser(monkeypatch):
+    monkeypatch.setattr(docs.shutil, 'which', lambda name: None)
+    pages = {'a': r'<span class="math inline">\(x &lt; 1\)</span>'}
+    assert docs.rendered(pages) == pages and docs.FORMULA.search(pages['a'])[3] == 'x &lt; 1'
+
+def test_signatures_are_folded_with_the_source(site):
+    text = (site/'performance.html').read_text(encoding='utf-8')
+    for part in re.split(r'<h3', text)[1:]: assert 'def ' not in part.split('<summary>')[0]
+    assert 'def measured(' in html.unescape(re.sub(r'<[^>]*>', '', text))
 
 
 # ---- in a browser

@@ -12,7 +12,8 @@ NBS, LIB = ROOT/'nbs', ROOT/'mgsr_nb'
 NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
 COMPONENTS = [nb for nb in NOTEBOOKS if re.match(r'\d\d[a-z]?_', nb.name)]
 # notebooks that are no component: the front page, the training run, the report of the reproduction, and pages of the documentation
-OTHERS = {'index.ipynb', 'train.ipynb', 'report.ipynb', 'details.ipynb', 'usage.ipynb', 'equations.ipynb', 'explorer.ipynb', 'troubleshooting.ipynb'}
+OTHERS = {'index.ipynb', 'train.ipynb', 'report.ipynb', 'details.ipynb', 'usage.ipynb', 'equations.ipynb', 'troubleshooting.ipynb',
+          'explorer.ipynb', 'explorer_divergences.ipynb', 'explorer_scrg.ipynb', 'explorer_step.ipynb'}
 # installed for a person or a format, not for an import in the library or in a notebook
 NOT_IMPORTED = {'jupyterlab': 'where the notebooks are read', 'ipykernel': 'the kernel they run in',
                 'ipywidgets': 'progress bars', 'papermill': 'the runner', 'nbformat': 'notebook files',

@@ -105,6 +105,7 @@
       const cell = root.querySelector(`[data-value=${name}]`);
       cell.textContent = shown; cell.dataset.exact = result[name];
     }
+    svg.setAttribute("aria-label", `Probabilities of ${dist.classes.toLocaleString("en")} classes, the teacher's likeliest first; kept are ${text.kept_classes}, with ${text.kept_mass} of the teacher's mass and ${text.student_mass} of the student's`);
     root.querySelector(".dac-text").textContent = data.positions[index].text;
     root.querySelector(".dac-note").textContent = result.loss < 0 ? "Below 0: a sum over some of the classes is not a KL." : o.u === o.l ? "u = l: only a class that lies exactly there stays, and the target." : "";
     root.querySelector("tbody").replaceChildren(...dist.rows.slice(0, 8).map(r => {
