@@ -117,7 +117,7 @@ performance: $(STAMP)
 	$(BIN)/python tools/bench.py loss --rounds 3 --out runs/performance/loss.csv
 	$(BIN)/python tools/bench.py loss --rounds 2 --cases $(GROWTH) --rows 256,1024 --vocab 12288,49152 --out runs/performance/growth.csv
 	$(BIN)/python tools/profile_objective.py --rounds 3 --out runs/performance/profile.csv
-	$(BIN)/python -m jupyter execute --inplace nbs/38_performance.ipynb
+	$(BIN)/python -m jupyter execute --inplace nbs/44_performance.ipynb
 	$(BIN)/nbdev-clean
 
 # every number of the results, from whatever lies in runs/: runs/results.csv, the report, the overview and the README made from it

@@ -144,7 +144,7 @@ class ClipParameters(LossParameters):
         "lower limit l (learned: its start); None: 0.05, fixed_percentile: 0.10", ge=0, le=1)
     clip_reading: Literal["value", "rank", "mass"] = choice("value",
         "what u and l are compared with: a class's probability (value), its rank as a share of the "
-        "classes (rank) or of the mass (mass); notebook 11, Three readings")
+        "classes (rank) or of the mass (mass); notebook 14, Three readings")
     clip_fraction: float = number(0.05, "share of classes kept by clip top_fraction", gt=0, le=1)
     mask_temperature: float = number(0.01, "softness of the mask, on the scale of the reading; 0: "
         "hard (a learned clip then gets no gradient)", ge=0)

@@ -57,7 +57,7 @@ def test_with_an_address_every_chapter_gets_its_badges_and_without_one_they_go(c
     badges.main(root)
     assert notebooks(root) == once
     changed = {n for n in once if once[n] != before[n]}
-    assert changed == {n for n in once if badges.OPENED.match(Path(n).stem)} and {'train.ipynb', '11_dac_kl.ipynb'} <= changed
+    assert changed == {n for n in once if badges.OPENED.match(Path(n).stem)} and {'train.ipynb', '14_dac_kl.ipynb'} <= changed
     for name in changed:
         text = once[name].decode('utf-8')
         for page in (f'colab.research.google.com/github/somebody/mgsr_nb/blob/main/nbs/{name}', f'src=https://github.com/somebody/mgsr_nb/blob/main/nbs/{name}'): assert text.count(page) == 1

@@ -162,7 +162,7 @@ def test_figures_are_small_files():
     for figure in (dac_kl_figure(dac_kl_numbers()), divergence_figure(divergence_numbers()), weighted_figure(weighted_numbers())): assert len(png(figure)) < 60_000
 
 def test_without_a_kernel_the_chapter_has_pictures_and_says_what_to_do():
-    cells = [c for c in nbformat.read(ROOT/'nbs'/'20_explore.ipynb', as_version=4).cells if c.cell_type == 'code']
+    cells = [c for c in nbformat.read(ROOT/'nbs'/'24_explore.ipynb', as_version=4).cells if c.cell_type == 'code']
     for name in EXPLORERS:
         at = next(i for i, c in enumerate(cells) if c.source == f'explore_{name}()')
         assert 'JupyterLab' in cells[at].outputs[0].data['text/plain']

@@ -1,6 +1,6 @@
 """Make nbs/explorer/step.json: the chapter "One training step" as slides, each with its line of code, the shapes of its tensors and a picture of them.
 
-The code cells of nbs/37_one_step.ipynb are executed in their order; after the cell that a slide belongs to, its tensors are looked at. The
+The code cells of nbs/43_one_step.ipynb are executed in their order; after the cell that a slide belongs to, its tensors are looked at. The
 lines of code are those of the chapter (a test looks for them there).
 """
 import contextlib, io, json
@@ -10,7 +10,7 @@ import nbformat
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT, CHAPTER = ROOT/'nbs'/'explorer'/'step.json', ROOT/'nbs'/'37_one_step.ipynb'
+OUT, CHAPTER = ROOT/'nbs'/'explorer'/'step.json', ROOT/'nbs'/'43_one_step.ipynb'
 WIDE, FEW = 48, 8        # numbers of a hidden state; likeliest classes
 
 def short(values): return [float(f'{float(v):.4g}') for v in values]
