@@ -871,6 +871,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mgsr_nb.study.pages': { 'mgsr_nb.study.pages._beside': ('pages.html#_beside', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages._page': ('pages.html#_page', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages._seeds': ('pages.html#_seeds', 'mgsr_nb/study/pages.py'),
+                                     'mgsr_nb.study.pages._untested': ('pages.html#_untested', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages.gaps': ('pages.html#gaps', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages.lab_markdown': ('pages.html#lab_markdown', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages.notes': ('pages.html#notes', 'mgsr_nb/study/pages.py'),

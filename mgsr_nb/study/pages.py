@@ -170,20 +170,24 @@ def show_page(pairs: dict[str, Results], findings: Sequence[Finding], suite: str
     lab, real = pairs["lab"], pairs["smollm2"]
     said = [f"- {finding_line(f)}" for f in findings if f.suite == suite]
     display(Markdown("\n".join([f"*{lab.described(suite).question}*", "", *said])))
-    for part in _page(lab, suite) or _page(real, suite, REAL): display(part)
-    if not lab.cells(suite) and not real.cells(suite):
-        display(Markdown(f"Not run yet: `mgsr-ablate {suite}`."))
+    for part in _page(lab, suite) or _page(real, suite, REAL) or [_untested(lab, real, suite)]:
+        display(part)
+
+def _untested(lab: Results, real: Results, suite: str):
+    "What to say of a suite without two seeds."
+    from IPython.display import Markdown
+    ran = [r for r in (lab, real) if r.cells(suite)]
+    if not ran: return Markdown(f"Not run yet: `mgsr-ablate {suite}`.")
+    return Markdown(f"{size(ran[-1], suite)}. A single seed tests nothing; what was measured is on "
+        "the page of all tables.")
 
 REAL = ("nll", "kl", "rouge_l")     # the scores of the real pair; the first decides
 
 def _page(results: Results, suite: str, scores: Sequence[str] = tuple(SCORES)) -> list:
-    "A figure and a table of a suite, by the scores of its pair; nothing without runs."
+    "A figure and a table of a suite, by the scores of its pair; nothing without two seeds."
     from IPython.display import Markdown
-    if not results.cells(suite): return []
     effects = lab_effects(results, suite, comparisons(results, suite), scores)
-    if not effects:
-        return [Markdown(f"{size(results, suite)}. A single seed tests nothing; what was measured "
-            "is on the page of all tables.")]
+    if not effects: return []
     if scores == REAL: table, shown = lab_effect_table(effects, shown=REAL), ("nll", "rouge_l")
     else: table, shown = lab_effect_table(effects, EXPECTED.get(suite)), ("exact", "truth_kl")
     return [pictured(lab_plot(effects, shown)), Markdown(f"{size(results, suite)}.\n\n{table}")]
