@@ -197,8 +197,8 @@ def options() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="only show where every job stands")
     p.add_argument("--retry-failed", action="store_true")
     p.add_argument("--overwrite", action="store_true", help="replace runs with other parameters")
-    p.add_argument("--report", action="store_true", help="no runs: execute the report notebook "
-        "over those that there are, as report.ipynb in runs_dir")
+    p.add_argument("--report", action="store_true", help="no runs: all tables and figures of "
+        "those that there are, as report.ipynb in runs_dir")
     return p
 
 def main(args: Optional[Sequence[str]] = None) -> None:
@@ -241,13 +241,14 @@ def ablate_by(o: argparse.Namespace) -> pd.DataFrame:
                   say=lambda text: print(text, flush=True))
 
 def write_report(o: argparse.Namespace) -> Path:
-    """Execute the report notebook over the runs that there are; it lies beside them. Raises
-    `ConfigError`, or `Failed`."""
+    """Execute the notebook of all tables and figures over the runs that there are, as report.ipynb
+    beside them. Raises `ConfigError`, or `Failed`."""
     runs_dir = resolve(parameters_of(o)).runs_dir
     folder = runs_root(runs_dir)
     if not folder.is_dir():
         raise ConfigError(f"runs_dir: there is no folder {folder}; allowed: one with runs")
-    call = {"parameters": {"runs_dir": str(folder.absolute())}, "progress_bar": False}
+    call = {"parameters": {"runs_dir": str(folder.absolute())}, "progress_bar": False,
+        "engine_name": None}
     with explained_errors():
-        executed(call, from_here(notebook("report.ipynb")), from_here(folder/"report.ipynb"))
+        executed(call, from_here(notebook("details.ipynb")), from_here(folder/"report.ipynb"))
     return folder/"report.ipynb"
