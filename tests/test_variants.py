@@ -290,7 +290,7 @@ def test_an_update_of_minillm_has_the_gradient_of_its_term_on_dense_logits(train
     pick = lambda log: log.gather(-1, ids[:, None])[:, 0]
     with torch.no_grad():
         log_p, old = dense_rows(teacher, text.pairs, t.setup.vocab), pick(dense_rows(student, text.pairs, t.setup.vocab))
-        for i, p in enumerate(student.parameters()): p.add_(0.05 * torch.sin(torch.arange(p.numel(), dtype=p.dtype) + i).reshape(p.shape))
+        for i, p in enumerate(student.parameters()): p.add_(0.1 * torch.sin(torch.arange(p.numel(), dtype=p.dtype) + i).reshape(p.shape))
     policy = make_policy(old, pick(log_p), lengths, c.teacher_mix, c.pg_length_norm)
     log_q = dense_rows(student, text.pairs, t.setup.vocab)
     values, notes = PolicyGradient(c.pg_clip, c.pg_single_step)(whole_rows(log_q, log_p, ids, policy=policy))
