@@ -228,8 +228,9 @@ class Card:
             for who, (nll, kl, rouge) in self.scores.items())
         texts = "".join(f"<p><b>{who}:</b> {html.escape(text)}</p>"
             for who, text in self.texts.items())
-        return (f'<div style="border:1px solid #8888;border-radius:6px;padding:.8rem 1rem;'
-            f'max-width:44rem"><b>{html.escape(self.name)}</b><table style="border:0">'
+        return ('<div style="border:1px solid #8888;border-radius:6px;padding:.8rem 1rem;'
+            'max-width:44rem;overflow-wrap:anywhere">'
+            f'<b>{html.escape(self.name)}</b><table style="border:0">'
             f"{row(['', 'validation NLL', 'KL to the teacher', 'test ROUGE-L'], 'th')}{scores}"
             f"</table>{curve_svg(self.curve)}<p><i>{html.escape(self.prompt)}</i></p>{texts}"
             f"<p><small>{html.escape(self.cost)}</small></p></div>")
