@@ -331,7 +331,7 @@ def test_a_hub_cache_that_cannot_be_used_is_named_with_its_variable(monkeypatch)
     def refuse(*args, **kw): raise FileNotFoundError(2, "No such file or directory", f"{models.HF_HOME}/hub/models--a--b")
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
     with pytest.raises(ConfigError) as e: load_tokenizer("a/b")
-    assert str(e.value).startswith(f"HF_HOME: the folder {models.HF_HOME}, where models of the hub are kept, cannot be used ([Errno 2]")
+    assert str(e.value).startswith(f"HF_HOME: the folder {models.HF_HOME} of the hub's models cannot be used ([Errno 2]")
 
 def test_an_artefact_that_the_disk_does_not_take_names_the_variable_too(cache):
     "Also while it is made; an error about another place is left as it is."

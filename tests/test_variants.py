@@ -25,7 +25,7 @@ from mgsr_nb.run.setup import prepare
 from mgsr_nb.run.trainer import Trainer
 from mgsr_nb.run.results import run
 
-TERMS = ("sft", "dac", "span", "kd", "pg")
+TERMS = ("sft", "dac", "span", "kd", "pg", "data_kd", "reward")
 # --- two steps of everything
 
 def named(**parameters): return pytest.param(parameters, id=",".join(f"{k}={v}" for k, v in parameters.items()))
@@ -396,7 +396,7 @@ def test_to_train_again_what_is_trained_does_nothing(config):
     c = config(select="nll", run_name="x", **KEEP)
     t = scripted(Trainer(prepare(c, cpu=True), open_run(c)))
     log, weights = list(t.fit()), trained(t.setup.student)
-    R.results.write_results(t.setup, t.folder, *[{"answers": []}] * 3, log, {})
+    R.results.write_results(t.setup, t.folder, *[{"answers": [], "test": {}}] * 3, log, {})
     assert t.fit() == log and same(trained(t.setup.student), weights)
 
 def test_old_files_of_the_best_go_and_those_that_a_checkpoint_needs_stay(config):
@@ -413,7 +413,7 @@ def test_old_files_of_the_best_go_and_those_that_a_checkpoint_needs_stay(config)
         again.accelerator.load_state(str(t.folder/"checkpoints"/f"step-{step:06d}"))
         assert again.progress.best == (step, -step)
         again.restore_best()
-    R.results.write_results(t.setup, t.folder, *[{"answers": []}] * 3, t.progress.log, {})
+    R.results.write_results(t.setup, t.folder, *[{"answers": [], "test": {}}] * 3, t.progress.log, {})
     assert not (t.folder/"best").exists() and not (t.folder/"checkpoints").exists()
 
 def test_without_checkpoints_only_the_newest_best_stays(config):
