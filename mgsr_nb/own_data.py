@@ -16,7 +16,7 @@ from pathlib import Path
 from .parameters import DATA_NAMES
 from .names import ConfigError, is_file
 from .data import (
-    DataError, Example, Splits, load_train, normalised, overlap_note, without_overlap)
+    DataError, Example, Splits, load_train, normalised, overlap_note, proper_text, without_overlap)
 from .rows import read_rows
 
 # %% ../nbs/09_own_data.ipynb #0d33b61a
@@ -77,12 +77,7 @@ def _text(value, what: str) -> str:
     if isinstance(value, list) and value and all(isinstance(p, dict) for p in value):
         if any(p.get("type") != "text" for p in value): raise Gap("with other parts than text")
         value = "".join(_text(p.get("text"), what) for p in value)
-    if not isinstance(value, str):
-        raise DataError(f"{what}: expected text, found {type(value).__name__}")
-    try: value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"{what}: has an unpaired surrogate, which is not a character") from None
-    return value
+    return proper_text(value, what, "text")
 
 def _turns(value, where: str) -> list[tuple[str, str]]:
     "(role, text) of each message of a chat. Raises `Gap`, or DataError for what is no chat."

@@ -92,21 +92,21 @@ class Scorer:
         lengths = [len(y) for _, y in pairs]
         device = readings[0].device
         starts = starts_of([key for key, n in zip(keys, lengths) for _ in range(n)], device)
-        places = torch.tensor([i for n in lengths for i in range(n)], device=device)
+        at = torch.tensor([i for n in lengths for i in range(n)], device=device)
         ids = torch.tensor([i for _, y in pairs for i in y], dtype=torch.long, device=device)
         hidden = [r.predicting(prompts, lengths) for r in readings]
         part = lambda x, a: x[a:a + self.chunk_tokens]
         with torch.no_grad():
-            found = [self._chunk(*(part(x, a) for x in (*hidden, ids, starts, places)))
+            found = [self._chunk(*(part(x, a) for x in (*hidden, ids, starts, at)))
                 for a in range(0, max(len(ids), 1), self.chunk_tokens)]
         kl, teacher_ids, log_q, log_p = (torch.cat(column) for column in zip(*found))
         return Scores(kl, teacher_ids, ids, log_q, log_p, lengths)
 
-    def _chunk(self, student_hidden, teacher_hidden, ids, starts, places):
+    def _chunk(self, student_hidden, teacher_hidden, ids, starts, at):
         log_q = log_probs(head_logits(self.student, student_hidden, self.vocab))
         log_p = log_probs(head_logits(self.teacher, teacher_hidden, self.vocab))
         teacher_ids = (log_p.argmax(-1) if self.greedy or not len(starts)
-            else draw_tokens(log_p, noise(starts, places, self.vocab)))
+            else draw_tokens(log_p, noise(starts, at, self.vocab)))
         return self.kl(log_q, log_p), teacher_ids, *(x.gather(-1, ids[:, None]).squeeze(-1)
             for x in (log_q, log_p))
 

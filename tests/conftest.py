@@ -1,4 +1,4 @@
-import os, shutil
+import os, shutil, sys
 os.environ["HF_HUB_OFFLINE"] = "1"          # before huggingface_hub is imported: no test may ask the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from copy import deepcopy
@@ -79,6 +79,22 @@ def trainer(config, loaded):
         if dtype: found.distiller.to(dtype)
         return found
     return make
+
+# --- the command
+
+@pytest.fixture
+def ends(monkeypatch, capsys):
+    "`ends(*words)`: status, output and error output of the command, in this process."
+    def run(*words):
+        from mgsr_nb.run import command as mgsr_run
+        monkeypatch.setattr(sys, "argv", ["mgsr-run", *words])
+        status = 0
+        try: mgsr_run.main()
+        except SystemExit as end: status = end.code or 0
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return status, said.out, said.err
+    return run
 
 # --- figures that a run of the tests shows at its end
 

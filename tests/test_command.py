@@ -1,6 +1,6 @@
 """mgsr-run: what it makes of its flags, what it refuses in a sentence, what it leaves behind. Tiny
 models; a kernel for each run."""
-import json, os, pwd, re, shutil, subprocess, sys, tempfile
+import json, os, pwd, re, shutil, subprocess, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,19 +13,6 @@ from mgsr_nb import files
 from mgsr_nb.config import resolve
 from mgsr_nb.run import command as mgsr_run
 from mgsr_nb.run.folder import open_run
-
-@pytest.fixture
-def ends(monkeypatch, capsys):
-    "`ends(*words)`: status, output and error output of the command, in this process."
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["mgsr-run", *words])
-        status = 0
-        try: mgsr_run.main()
-        except SystemExit as end: status = end.code or 0
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return status, said.out, said.err
-    return run
 
 # --- wrong parameters
 

@@ -165,12 +165,12 @@ def test_a_configuration_cannot_be_changed():
 # --- choices agree with the modules that implement them
 
 def test_choices_are_those_of_the_modules():
-    from mgsr_nb import dac_kl, data, divergences, scrg, span, tokens
+    from mgsr_nb import captured, dac_kl, data, divergences, scrg, span, tokens
     choices = lambda name: get_args(FIELDS[name].annotation)
     assert DIVERGENCE_NAMES == tuple(divergences.DIVERGENCES) == choices("kd_loss")
     assert EVAL_SET_NAMES == tuple(data.EVAL_SETS) and DATA_NAMES == tuple(data.TRAIN_SETS) and choices("shorten") == tokens.SHORTEN and FIELDS["chat_date"].default == tokens.CHAT_DATE and choices("template") == tokens.TEMPLATES
     assert choices("clip_reading") == dac_kl.READINGS and choices("target_class") == dac_kl.TARGETS and choices("remainder") == dac_kl.REMAINDERS and choices("dac_classes") == dac_kl.CLASSES
-    assert choices("spans") == span.SPAN_KINDS and choices("span_relation") == tuple(span.RELATIONS) and choices("scrg_direction") == tuple(scrg.DIRECTIONS)
+    assert choices("decoding") == captured.DECODING and choices("spans") == span.SPAN_KINDS and choices("span_relation") == tuple(span.RELATIONS) and choices("scrg_direction") == tuple(scrg.DIRECTIONS)
 
 def test_every_choice_of_f_sub_and_the_teachers_token_is_one_of_the_modules():
     from mgsr_nb.dac_kl import SubNetwork

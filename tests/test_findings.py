@@ -5,8 +5,8 @@ import matplotlib; matplotlib.use('agg')
 import nbformat, pytest
 from IPython.display import Markdown
 from mgsr_nb.study.findings import Finding, evidence, finding_line, findings_list, findings_plot, outdated, read_findings, read_pairs
-from mgsr_nb.study.laboratory import read_lab
-from mgsr_nb.study.statistics import HOLDS
+from mgsr_nb.study.laboratory import comparisons, read_lab
+from mgsr_nb.study.statistics import HOLDS, paired
 from test_pages import FINDING, lab_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +73,21 @@ def test_the_example_in_the_documentation_is_the_committed_quickstart(monkeypatc
 def test_a_report_has_its_parameter(notebook):
     tagged = [c for c in nbformat.read(ROOT/'nbs'/f'{notebook}.ipynb', as_version=4).cells if 'parameters' in c.metadata.get('tags', [])]
     assert len(tagged) == 1 and tagged[0].source.startswith('runs_dir = ')
+
+
+def test_what_the_audit_says_of_one_set_is_so(committed):
+    "Its share of the reference tokens, and of the larger effects: the score is the mean of five sets."
+    real = committed[1]['smollm2']
+    text = next(c.source for c in nbformat.read(ROOT/'nbs'/'report.ipynb', as_version=4).cells if 'What an audit' in c.source)
+    share, least, low, high = re.search(r'`uinst` .* (\d+) % of the reference tokens, supplies (\d+) to (\d+) % of every effect of ([0-9.]+) nats', text).group(1, 4, 2, 3)
+    sets = next(r for r in real.runs if r.suite == 'loss_weights' and r.usable).metrics['student']['test']
+    assert round(100 * sets['uinst']['tokens'] / sum(s['tokens'] for s in sets.values())) == int(share)
+    parts = []
+    for suite in ('loss_weights', 'fixed_clipping'):
+        for a, b in comparisons(real, suite):
+            whole, without = (paired(real, suite, a, b, where=where).mean for where in ('test', 'without uinst'))
+            if abs(whole) >= float(least): parts.append(1 - (len(sets) - 1) / len(sets) * without / whole)
+    assert len(parts) > 4 and (round(100 * min(parts)), round(100 * max(parts))) == (int(low), int(high))
 
 
 # ---- pages that are read in a minute

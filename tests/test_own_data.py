@@ -1,13 +1,12 @@
 """Data of one's own: files as people have them, data sets of the hub, and a run on them. What cannot be understood is refused
 in one sentence, and nothing ends in a traceback."""
-import json, os, sys
+import json
 import pytest
 from tiny_runs import save_pair, tiny_parameters
-from user_files import ANSWER, GOOD, N, PAIRS, QUESTION, REFUSED, TURNS, lines, rows
+from user_files import GOOD, N, PAIRS, QUESTION, REFUSED, TURNS, lines, rows
 from mgsr_nb.config import ConfigError, resolve
 from mgsr_nb.data import DataError
 from mgsr_nb.own_data import load_own, load_splits
-from mgsr_nb.run import command
 
 @pytest.fixture
 def file(tmp_path):
@@ -117,18 +116,6 @@ def test_what_the_hub_refuses_is_a_sentence(hub):
 # --- runs
 
 @pytest.fixture
-def ends(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["mgsr-run", *words])
-        status = 0
-        try: command.main()
-        except SystemExit as end: status = end.code or 0
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return status, said.err
-    return run
-
-@pytest.fixture
 def no_kernel(monkeypatch):
     import papermill
     def start(*args, **kw): raise AssertionError("a kernel was started")
@@ -138,10 +125,10 @@ def test_mgsr_run_refuses_a_file_before_a_kernel_starts(file, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for name, (content, words) in list(REFUSED.items())[::4]:
         file(name, content)
-        status, error = ends("-p", "data", name, "-p", "runs_dir", "runs")
+        status, _, error = ends("-p", "data", name, "-p", "runs_dir", "runs")
         assert status == 2 and words in error and len(error.splitlines()) == 1
     file("two turns.jsonl", TURNS["two turns.jsonl"][0])
-    status, error = ends("-p", "data", "two turns.jsonl")
+    status, _, error = ends("-p", "data", "two turns.jsonl")
     assert status == 2 and "template: 20 records" in error and not (tmp_path/"runs").exists()
 
 @pytest.mark.parametrize("data,words", [

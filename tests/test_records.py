@@ -1,6 +1,5 @@
 "What is read from the disk, in which order, and what is left out and said."
 import json
-import pytest
 from mgsr_nb.files import write_json
 from mgsr_nb.study.overview import failures_markdown
 from mgsr_nb.study.pages import suite_markdown

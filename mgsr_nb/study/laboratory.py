@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCORES', 'DECIDES', 'AGREES', 'AGAINST', 'BETTER', 'WORSE', 'SAME', 'EXPECTED', 'read_lab', 'lab_score',
            'better_by_seed', 'Effect', 'tests_of', 'verdicts_of', 'lab_effects', 'against_reference', 'of_claims',
-           'comparisons', 'Expectation', 'lab_table', 'lab_effect_table', 'lab_plot', 'lab_costs', 'lab_map']
+           'comparisons', 'Expectation', 'lab_table', 'effect_number', 'lab_effect_table', 'lab_plot', 'lab_costs',
+           'lab_map']
 
 # %% ../../nbs/56_laboratory.ipynb #cb66a216
 import re
@@ -179,7 +180,10 @@ def lab_table(results: Results, suite: str) -> str:
         rows.append(row)
     return markdown_table(rows)
 
-def _signed(t: SeedTest, digits: int) -> str: return f"{t.mean:+.{digits}f} ± {t.half:.{digits}f}"
+def effect_number(test: SeedTest, score: str) -> str:
+    "An effect and half the width of its interval."
+    digits = SCORES[score].digits
+    return f"{test.mean:+.{digits}f} ± {test.half:.{digits}f}"
 
 def lab_effect_table(effects: Sequence[Effect], expected: Optional[Expectation] = None,
         shown: Sequence[str] = ("exact", "truth_kl", "rouge_l")) -> str:
@@ -187,7 +191,7 @@ def lab_effect_table(effects: Sequence[Effect], expected: Optional[Expectation] 
     return markdown_table([{"better?": f"`{e.better}` than `{e.worse}`",
             "verdict": f"**{e.verdict}**"}
         | ({"expected": expected.of(e.better)} if expected else {})
-        | {SCORES[s].label: _signed(e.tests[s], SCORES[s].digits) for s in shown} for e in effects])
+        | {SCORES[s].label: effect_number(e.tests[s], s) for s in shown} for e in effects])
 
 # %% ../../nbs/56_laboratory.ipynb #8e39493f
 def lab_plot(effects: Sequence[Effect], scores: Sequence[str] = (DECIDES, AGAINST)) -> Figure:
