@@ -32,9 +32,11 @@ PRESETS = {
         data="dolly", max_prompt_tokens=96, max_tokens=144, max_new_tokens=32,
         teacher_sft_steps=100, max_steps=24, threshold_start=0.5, buffer_size=16,
         eval_prompts=64, eval_every=12, save_samples=8),
-    # the laboratory: a pair from scratch that trains to the end in minutes, in a small world
+    # the laboratory: a pair from scratch that trains to the end in minutes, in a small world; one
+    # precision, so that runs of all machines can stand in one table
     "lab": dict(
-        data="lab", template="plain", teacher="lab-128x4", student="lab-64x2",
+        data="lab", template="plain", precision="float32",
+        teacher="lab-128x4", student="lab-64x2",
         teacher_sft_steps=1800, student_sft_steps=300, sft_learning_rate=3e-3, learning_rate=2e-3,
         max_prompt_tokens=48, max_tokens=96, max_new_tokens=32, batch_size=32, length_buckets=20,
         chunk_tokens=2048, max_steps=300, warmup_steps=30, threshold_start=0.5, buffer_size=320,

@@ -4,11 +4,12 @@ import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, pytest
 from matplotlib.colors import to_rgb
-from mgsr_nb.study.figures import costs, effect_plot, learning_curves, limits_plot, metrics_plot, small_png, weight_grid
+from mgsr_nb.study.figures import costs, learning_curves, limits_plot, metrics_plot, small_png, weight_grid
+from mgsr_nb.study.laboratory import REAL, comparisons, effect_plot, effects_of
 from mgsr_nb.study.overview import each_run
 from mgsr_nb.study.pages import suite_figures
 from mgsr_nb.study.records import read_results
-from mgsr_nb.study.tables import suite_effects, suite_logs
+from mgsr_nb.study.tables import suite_logs
 from toy_suites import LOG, SUITES, add, clipping, results, runs_that_rise, weights
 
 def test_the_plot_has_a_dot_a_run_in_its_group(tmp_path):
@@ -17,20 +18,22 @@ def test_the_plot_has_a_dot_a_run_in_its_group(tmp_path):
     for ax in (left, right): assert [len(line.get_xdata()) for line in ax.lines] == [5, 6]
     assert list(right.lines[0].get_ydata()) == pytest.approx([22.5 + k for k in range(5)])
 
+def drawn(results, suite): return effect_plot(effects_of(results, suite, comparisons(results, suite), REAL), REAL)
+
 def test_figures_show_the_numbers(tmp_path):
     weights(tmp_path)
     for r in read_results(tmp_path, SUITES).runs: pd.DataFrame(LOG).to_csv(r.folder/'log.csv', index=False)
     found = read_results(tmp_path, SUITES)
-    effects, grid, heat, curves, cost = effect_plot(suite_effects(found, 'loss_weights'), 'one'), weight_grid(found), *suite_figures(found, 'loss_weights')[1:]
-    marks = next(l for l in effects.axes[0].lines if l.get_marker() == '|')
-    assert list(marks.get_xdata()) == pytest.approx([-0.3, 0.2]) and [t.get_text() for t in effects.axes[0].get_yticklabels()] == ['no_span', 'half']
+    effects, grid, heat, curves, cost = drawn(found, 'loss_weights'), weight_grid(found), *suite_figures(found, 'loss_weights')[1:]
+    marks = [l.get_xdata()[0] for l in effects.axes[0].lines if l.get_marker() == '|']
+    assert marks == pytest.approx([0.3, -0.2]) and [t.get_text() for t in effects.axes[0].get_yticklabels()] == ['one > no_span', 'one > half'] and len(effects.axes) == 3
     assert grid.set_index(['dac', 'span']).nll.to_dict() == pytest.approx({(1, 0): 2.9, (1, .5): 2.4, (1, 1): 2.6})
     assert {t.get_text() for t in heat.axes[0].texts} == {'2.900', '2.400', '2.600'}
     assert list(curves.axes[0].lines[0].get_ydata()) == [3, 2] and len(cost.axes) == 2
     assert len(suite_figures(found, 'loss_weights')) == 4 and len(suite_figures(found, 'spans')) == 0
 
 def test_limits_are_drawn_for_learned_cells_only(tmp_path):
-    clipping(tmp_path, dict(learned=0., quantile=0.), seeds=1)
+    clipping(tmp_path, dict(learned=0., quantile=0.), seeds=2)
     for r in read_results(tmp_path, SUITES).runs: pd.DataFrame(LOG).to_csv(r.folder/'log.csv', index=False)
     found = read_results(tmp_path, SUITES)
     figure = limits_plot(suite_logs(found, 'fixed_clipping'))
@@ -39,7 +42,7 @@ def test_limits_are_drawn_for_learned_cells_only(tmp_path):
 
 def test_small_png_is_a_png_with_few_colours(results):
     from PIL import Image
-    data = small_png(effect_plot(suite_effects(results, 'loss_weights')))
+    data = small_png(drawn(results, 'loss_weights'))
     assert Image.open(io.BytesIO(data)).mode == 'P' and len(data) < 20_000
 
 def test_small_png_keeps_the_colour_of_every_line():

@@ -129,6 +129,8 @@ def test_student_and_teacher_answer_side_by_side(config, tmp_path, capsys):
     assert answers == chat.answers_of(models, tokenizer, c, "Say yes.", 5) and answers.keys() == models.keys()
     drawn = {chat.answers_of(models, tokenizer, c, "Say yes.", 5, 1.0, seed)["student"] for seed in range(4)}
     assert len(drawn) > 1
+    models["student"].generation_config.update(repetition_penalty=50., bad_words_ids=[[i] for i in range(5, 30)])
+    assert chat.answers_of(models, tokenizer, c, "Say yes.", 5) == answers
     capsys.readouterr()
     chat.main([place, "Say yes.", "--tokens", "5"], load=lambda folder, config: (tokenizer, models))
     said = capsys.readouterr().out.splitlines()

@@ -4,8 +4,8 @@ import pytest
 from scipy.stats import ttest_1samp
 from mgsr_nb.files import write_json
 from mgsr_nb.study.laboratory import (
-    BETTER, EXPECTED, SAME, SCORES, WORSE, against_reference, better_by_seed, lab_costs, lab_effect_table, lab_effects, lab_map, lab_plot, lab_score,
-    lab_table, of_claims, read_lab)
+    BETTER, EXPECTED, SAME, SCORES, WORSE, against_reference, better_by_seed, lab_costs, effect_table, effects_of, lab_map, effect_plot, lab_score,
+    lab_table, of_claims, read_costs, read_lab)
 from mgsr_nb.study.statistics import FAILS, HOLDS, NEGLIGIBLE, OPEN
 from mgsr_nb.study.records import read_results
 from mgsr_nb.study.suites import SUITES
@@ -30,7 +30,7 @@ def results(tmp_path):
     return read_lab(tmp_path)
 
 def test_effects_and_verdicts(results):
-    found = {e.better: e for e in lab_effects(results, 'components', against_reference(results, 'components'))}
+    found = {e.better: e for e in effects_of(results, 'components', against_reference(results, 'components'))}
     assert {c: e.verdict for c, e in found.items()} == {'scrg': HOLDS, 'scrg+dac': OPEN, 'dac': OPEN, 'span': f'{OPEN} (3 seeds)', 'scrg+dac+span': FAILS}
     t = found['scrg'].tests['exact']
     assert found['scrg'].by_seed['exact'] == pytest.approx({k: 5 + n for k, n in enumerate(NOISE)})
@@ -40,7 +40,7 @@ def test_effects_and_verdicts(results):
 
 def test_a_small_difference_is_a_finding(tmp_path):
     write(tmp_path, 'none'), write(tmp_path, 'scrg')
-    (found,) = lab_effects(read_lab(tmp_path), 'components', [('scrg', 'none')])
+    (found,) = effects_of(read_lab(tmp_path), 'components', [('scrg', 'none')])
     assert found.verdict == NEGLIGIBLE
 
 def test_pairs_are_of_the_same_seed(tmp_path):
@@ -48,17 +48,17 @@ def test_pairs_are_of_the_same_seed(tmp_path):
     found = read_lab(tmp_path)
     assert better_by_seed(found, 'components', 'scrg', 'none', 'exact') == pytest.approx({0: 1.3, 1: .8})
     assert better_by_seed(found, 'components', 'scrg', 'nobody', 'exact') == {}
-    assert lab_effects(found, 'components', [('scrg', 'nobody')]) == []
+    assert effects_of(found, 'components', [('scrg', 'nobody')]) == []
     assert lab_score(found.runs[0], 'exact', where='lab') == lab_score(found.runs[0], 'exact') + 1
 
 def test_tables_hold_every_cell_and_comparison(results):
     table = lab_table(results, 'components').splitlines()
     assert [line.split('|')[1].strip() for line in table[2:]] == ['`none`', '`scrg`', '`scrg+dac`', '`scrg+dac+span`', '`dac`', '`span`', '(start)', '(teacher)']
     assert '62.0 ± 1.6' in table[2] and all(m.label in table[0] for m in SCORES.values())
-    effects = lab_effects(results, 'components', of_claims(results, 'components'))
-    lines = lab_effect_table(effects).splitlines()[2:]
+    effects = effects_of(results, 'components', of_claims(results, 'components'))
+    lines = effect_table(effects).splitlines()[2:]
     assert len(lines) == len(effects) == 3 and '`scrg`' in lines[0] and '**holds**' in lines[0] and '+5.0 ± 0.3' in lines[0]
-    assert len(lab_plot(effects).axes) == 2
+    assert len(effect_plot(effects).axes) == 2
 
 def test_the_other_reader_leaves_them_alone(tmp_path):
     write(tmp_path, 'none')
@@ -71,20 +71,21 @@ def test_what_was_expected_is_of_cells_that_there_are(suite):
     assert EXPECTED[suite].why
 
 def test_a_table_says_what_was_expected(results):
-    (effect,) = lab_effects(results, 'components', [('dac', 'none')])
-    assert '| worse |' in lab_effect_table([effect], EXPECTED['components']) and '| worse |' not in lab_effect_table([effect])
+    (effect,) = effects_of(results, 'components', [('dac', 'none')])
+    assert '| worse |' in effect_table([effect], EXPECTED['components']) and '| worse |' not in effect_table([effect])
 
-def log(root, cell, seconds, kls, seed=0):
-    frame = pd.DataFrame({'step': range(len(kls)), 'seconds': [None] + [seconds] * (len(kls) - 1), 'seconds_teacher': [None] + [seconds / 4] * (len(kls) - 1), 'validation_kl': kls})
-    frame.to_csv(root/f'components+lab/{cell}/seed{seed}/log.csv', index=False)
+def test_costs_are_those_measured_and_kls_at_equal_updates_and_at_equal_seconds(results, tmp_path):
+    log = lambda kls: pd.DataFrame({'step': range(len(kls)), 'validation_kl': kls})
+    for cell, seed, kls in (('none', 0, [1., .8, None, .5, .4]), ('none', 1, [1., .9, .7, .6, .6]), ('scrg', 0, [1., .7, None, .3, .2])):
+        log(kls).to_csv(tmp_path/f'components+lab/{cell}/seed{seed}/log.csv', index=False)
+    assert lab_costs(results, 'components', read_costs(tmp_path)) == ''
+    write_costs = pd.DataFrame([dict(suite=s, cell=c, base='none', ratio=r, teacher_ratio=2 * r) for s, c, r in (('components', 'none', 1.), ('components', 'scrg', 2.), ('components', 'dac', 1.), ('spans', 'none', 3.))])
+    (tmp_path/'performance').mkdir()
+    write_costs.to_csv(tmp_path/'performance/costs.csv', index=False)
+    header, _, *rows = lab_costs(results, 'components', read_costs(tmp_path)).splitlines()
+    assert header == "| cell | update, to `none` | teacher's tokens | KL, equal updates | KL, equal seconds |"
+    assert rows == ['| `none` | 1.00 | 2.00 | 0.500 | 0.500 |', '| `scrg` | 2.00 | 4.00 | 0.200 | 0.500 |']        # half of four updates: between .7 and .3
 
-def test_costs_are_ratios_of_the_same_seed_and_kls_at_equal_updates_and_at_equal_seconds(results, tmp_path):
-    log(tmp_path, 'none', 2., [1., .8, None, .5, .4]), log(tmp_path, 'none', 4., [1., .9, .7, .6, .5], seed=1)
-    log(tmp_path, 'scrg', 3., [1., .7, None, .3, .2]), log(tmp_path, 'scrg', 2., [1., .7, None, .3, .1], seed=1)
-    log(tmp_path, 'dac', 1., [1., .1], seed=2)                                  # no reference of that seed
-    rows = {r.split('|')[1].strip(): [float(x) for x in r.split('|')[2:-1]] for r in lab_costs(results, 'components').splitlines()[2:]}
-    assert rows == {'`none`': [1, .25, .45, .45], '`scrg`': [1., .25, .15, .4]}     # ratios 1.5 and 0.5; within 8 seconds .7 (update 2 was not checked), within 16 .1
-    
 def test_the_map_has_each_cell_at_its_powers(tmp_path):
     cells = SUITES['alpha_beta'].cells
     for i, cell in enumerate(cells):

@@ -2,10 +2,10 @@
 import json
 import pandas as pd, pytest
 from mgsr_nb.files import write_json
-from mgsr_nb.study.overview import compare, contradictions, correlations, each_run, rank_correlation, summary_table
+from mgsr_nb.study.overview import compare, correlations, each_run, rank_correlation, summary_table
 from mgsr_nb.study import records
 from mgsr_nb.study.records import read_results, write_toy_run
-from mgsr_nb.study.statistics import METRICS, better_by, sample
+from mgsr_nb.study.statistics import METRICS, sample
 from toy_suites import SUITES, add, results, runs_that_rise, two_sets, weights, with_distinct
 
 def test_two_runs_are_compared_prompt_by_prompt_whatever_their_seeds(tmp_path, results):
@@ -45,13 +45,11 @@ def test_nothing_is_said_of_few_runs_or_without_distinct_2(tmp_path):
     add(tmp_path, 'loss_weights', 'other5', 0, shift=5)                               # written again, without distinct-2
     assert correlations(read_results(tmp_path, SUITES)) == ''
 
-def test_summary_has_a_line_a_suite_with_what_became_of_the_claims(tmp_path):
-    weights(tmp_path)
-    assert '| `loss_weights` | 3 of 3 | 3 | holds: 1, does not hold: 1 | not resolved: 2 |' in summary_table(read_results(tmp_path, SUITES))
-
-def test_claims_on_which_the_metrics_contradict_each_other_are_named(tmp_path):
-    for seed in range(3):
-        add(tmp_path, 'spans', 'phrases', seed)
-        add(tmp_path, 'spans', 'none', seed, shift=-.2, rouge=-5.)
-    assert contradictions(read_results(tmp_path, SUITES)).splitlines()[2:] == ['| phrases | -0.200 ± 0.000, does not hold | +5.0 ± 0.0, holds |']
-    assert contradictions(read_results(tmp_path/'nothing', SUITES)) == ''
+def test_summary_has_a_line_a_suite_with_what_became_of_its_comparisons(tmp_path):
+    for cell, shift in (('one', 0.), ('half', -.2), ('no_span', .3)):
+        for k in range(5): add(tmp_path, 'loss_weights', cell, k, shift + (cell != 'one') * 1e-3 * k)
+    for cell in ('none', 'phrases'): add(tmp_path, 'spans', cell, 0)
+    table = summary_table(read_results(tmp_path, SUITES), 'nll').splitlines()
+    assert table[0] == '| suite | cells | seeds | holds | does not hold | negligible | not resolved |'
+    assert '| `loss_weights` | 3 of 3 | 5 | 1 | 1 | 0 | 0 |' in table and '| `spans` | 2 of 2 | 1 | 0 | 0 | 0 | 0 |' in table
+    assert table[-1] == '| all |  |  | 1 | 1 | 0 | 0 |' and summary_table(read_results(tmp_path/'nothing', SUITES), 'nll') == ''

@@ -5,7 +5,7 @@ from IPython.display import Image, Markdown
 from mgsr_nb.files import write_json
 from mgsr_nb.study import pages
 from mgsr_nb.study.findings import Finding
-from mgsr_nb.study.laboratory import SCORES, read_lab
+from mgsr_nb.study.laboratory import SCORES, read_costs, read_lab
 from mgsr_nb.study.pages import gaps, lab_markdown, setting, show_page, suite_figures, suite_markdown
 from mgsr_nb.study.records import read_results, write_toy_run
 from mgsr_nb.study.suites import SUITES as KNOWN
@@ -14,7 +14,7 @@ from toy_suites import SUITES, add, results, two_sets, uneven
 def test_an_unknown_suite_is_shown_against_its_first_cell(tmp_path):
     for cell in 'ba': add(tmp_path, 'zoo', cell, 0)
     found = read_results(tmp_path, SUITES)
-    assert found.described('zoo').reference == 'a' and '`b`' in suite_markdown(found, 'zoo') and len(suite_figures(found, 'zoo')) == 2
+    assert found.described('zoo').reference == 'a' and '`b`' in suite_markdown(found, 'zoo') and len(suite_figures(found, 'zoo')) == 1
 
 def test_missing_cells_are_named(tmp_path):
     add(tmp_path, 'loss_weights', 'one', 0)
@@ -36,7 +36,7 @@ def test_every_figure_of_a_suite_says_what_it_shows(results):
 
 def test_the_page_of_all_tables_has_every_part(tmp_path):
     text = suite_markdown(uneven(tmp_path), 'spans')
-    for said in ('2 of 2 cells, 3 training seeds, 3 prompts of 2 sets', 'for no verdict:* the same by NLL without', '| without `b` |', 'What the paper claims (1 claim tested here)'): assert said in text, said
+    for said in ('2 of 2 cells, 3 training seeds, 3 prompts of 2 sets', 'for no verdict:* the same by NLL without', '| without `b` |', '| `phrases` than `none` (Table 9) | **not resolved (3 seeds)** |'): assert said in text, said
     assert all(len(p.split()) <= 80 for p in text.split('\n\n') if not p.startswith('|'))
 
 def shown(monkeypatch, *args):
@@ -77,7 +77,7 @@ def test_a_suite_without_runs_or_with_one_seed_says_so(tmp_path, monkeypatch):
 
 def test_all_scores_of_the_laboratory_are_on_the_page_of_all_tables(tmp_path):
     lab_runs(tmp_path)
-    text = lab_markdown(read_lab(tmp_path), 'components')
+    text = lab_markdown(read_lab(tmp_path), 'components', read_costs(tmp_path))
     assert all(m.label in text for m in SCORES.values()) and '*Expected before the runs:*' in text and '400 prompts of 1 set.' in text
 
 def test_the_reports_have_a_section_for_every_suite():

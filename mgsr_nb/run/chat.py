@@ -48,22 +48,19 @@ def load_both(folder: Path, config: RunConfig) -> tuple[object, dict]:
 # %% ../../nbs/46_chat.ipynb #cb2ca4f7
 def answers_of(models: dict, tokenizer, config: RunConfig, question: str, most: int,
         temperature: float = 0., seed: int = 0) -> dict[str, str]:
-    "The answer of each model, of at most `most` tokens."
-    import torch
-    from mgsr_nb.models import stop_ids
+    """The answer of each model, of at most `most` tokens, written as in training: what a
+    generation_config asks for besides (penalties, top-p) has no part in it."""
+    from mgsr_nb.models import shared_vocabulary, stop_ids
+    from mgsr_nb.sampling import sampler
     from mgsr_nb.tokens import make_prompt, prompt_ids
     prompt = make_prompt(Example("chat", question), config.template, tokenizer, config.chat_date)
     ids = prompt_ids(prompt, tokenizer, config.template)
-    drawn = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else {}
-    found = {}
+    vocab, found = shared_vocabulary(models["student"], models["teacher"], tokenizer), {}
     for who, model in models.items():
-        torch.manual_seed(seed)
-        row = torch.tensor([ids], device=model.device)
-        with torch.no_grad():
-            out = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=most,
-                eos_token_id=stop_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
-                **(drawn or {"do_sample": False}))
-        found[who] = tokenizer.decode(out[0, len(ids):], skip_special_tokens=True).strip()
+        write = sampler(model, stop_ids(model, tokenizer), tokenizer.pad_token_id, vocab,
+            temperature=temperature)
+        [answer] = write([ids], [(seed, "chat", question)], [most])
+        found[who] = tokenizer.decode(answer, skip_special_tokens=True).strip()
     return found
 
 def side_by_side(texts: dict[str, str], width: int = 78) -> str:

@@ -76,7 +76,7 @@ class Undescribed:
 class Results:
     "All `runs` below a folder, and the `suites` {name: Suite} that say what they are."
     def __init__(self, runs: Sequence[Run], suites: dict):
-        self.suites, self.compared = suites, {}          # what `paired` found already
+        self.suites = suites
         self.names = sorted({r.suite for r in runs},
             key=lambda n: (_place(n.split("+")[0], suites), n))
         place = lambda r: (self.names.index(r.suite),
