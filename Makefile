@@ -120,9 +120,11 @@ performance: $(STAMP)
 	$(BIN)/python -m jupyter execute --inplace nbs/44_performance.ipynb
 	$(BIN)/nbdev-clean
 
-# every number of the results, from whatever lies in runs/: runs/results.csv, the report, the overview and the README made from it
+# every number of the results, from whatever lies in runs/: runs/results.csv, the chapters' sections on the laboratory,
+# the report, the overview and the README made from it
 report: $(STAMP)
 	$(BIN)/python -c 'from mgsr_nb.study.tables import write_results_csv; print(write_results_csv())'
+	$(BIN)/python tools/chapters.py
 	$(BIN)/python -m jupyter execute --inplace nbs/report.ipynb nbs/details.ipynb nbs/usage.ipynb nbs/index.ipynb
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/make_readme.py

@@ -260,8 +260,9 @@ def _greedy(scores: Optional[dict]) -> dict:
     return {f"greedy_{k}": found[k] for k in GREEDY if k in found}
 
 def _records(name: str, examples, texts: dict, scores: dict) -> list:
-    "The answers as rows of samples.jsonl."
+    "The answers as rows of samples.jsonl; an input stands there if there is one."
     return [{"set": name, "seed": seed, "id": e.example.id, "instruction": e.example.instruction,
+            **({"input": e.example.input} if e.example.input else {}),
             "prediction": p, "rouge_l": round(r, 3)}
         for seed, predictions in texts.items()
         for e, p, r in zip(examples, predictions, scores[seed]["each"])]

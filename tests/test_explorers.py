@@ -72,7 +72,7 @@ def test_the_picture_is_told_in_words_too(figures, chromium):
 # ---- divergences
 
 DIV = '#divergence-explorer'
-LOSSES = 'forward_kl', 'reverse_kl', 'symmetric_kl', 'jsd', 'tvd', 'skew_forward_kl', 'skew_reverse_kl'      # those of the paper and its baselines
+LOSSES = 'forward_kl', 'reverse_kl', 'symmetric_kl', 'jsd', 'tvd', 'skew_forward_kl', 'skew_reverse_kl', 'adaptive_kl', 'alpha_beta'      # those of the paper, its baselines and its relatives
 STARTS = 'own', 'uniform', 'wrong', 'lost', 'equal'
 
 def state(chromium):
@@ -86,27 +86,29 @@ def teacher_and_student():
     mass = [n * torch.tensor(position[k], dtype=torch.float64) for k in 'pq']
     return [torch.cat([m[:7], m[7:].sum()[None]]).div(m.sum()) for m in mass]
 
-def by_the_library(z, p, alpha, beta):
+def by_the_library(z, p, alpha, beta, head=.5, power_p=.2, power_q=.7):
     found = {}
     for name in LOSSES:
         f = DIVERGENCES[name]
-        options = {'jsd': {'beta': beta}, 'skew_forward_kl': {'alpha': alpha}, 'skew_reverse_kl': {'alpha': alpha}}.get(name, {})
+        options = {'jsd': {'beta': beta}, 'skew_forward_kl': {'alpha': alpha}, 'skew_reverse_kl': {'alpha': alpha},
+                   'adaptive_kl': {'head_mass': head}, 'alpha_beta': {'alpha': power_p, 'beta': power_q}}.get(name, {})
         logits = torch.tensor(z, dtype=torch.float64, requires_grad=True)
         value = f(logits, p.log(), **options)
         found[name] = value.item(), torch.autograd.grad(value, logits)[0].tolist()
     return found
 
-@pytest.mark.parametrize('alpha, beta', [(.1, .5), (.45, .2), (.9, .97)])
-def test_divergences_and_gradients_are_those_of_the_library(alpha, beta, figures, chromium):
+@pytest.mark.parametrize('alpha, beta, head, power_p, power_q', [(.1, .5, .5, .2, .7), (.45, .2, .05, 0, .4), (.9, .97, .9, .6, 0), (.3, .3, .3, 1, 1)])
+def test_divergences_and_gradients_are_those_of_the_library(alpha, beta, head, power_p, power_q, figures, chromium):
     chromium.open(figures['explorer_divergences'])
     p, _ = teacher_and_student()
     z = [1.2, -3., .4, 2.5, -7.1, 0., 5.9, -1.]
-    enter(chromium, DIV, alpha=alpha, beta=beta)
+    options = dict(alpha=alpha, beta=beta, head=head, power_p=power_p, power_q=power_q)
+    enter(chromium, DIV, **options)
     for k, x in enumerate(z):
         chromium.js(f'''(() => {{ const s = document.querySelector('[data-logit="{k}"]'); s.value = {x}; s.dispatchEvent(new Event('input', {{bubbles: true}})) }})()''')
     seen, values = state(chromium), exact(chromium, DIV)
     assert seen['z'] == pytest.approx(z) and set(values) == set(LOSSES)
-    for name, (value, gradient) in by_the_library(z, p, alpha, beta).items():
+    for name, (value, gradient) in by_the_library(z, p, **options).items():
         assert values[name] == pytest.approx(value, abs=1e-6), name
         assert seen['gradients'][name] == pytest.approx(gradient, abs=1e-6), name
 

@@ -1,5 +1,5 @@
 "Sentences that people wrote, held against the runs; and the first pages that show them."
-import ast, json, re
+import ast, json, re, sys
 from pathlib import Path
 import matplotlib; matplotlib.use('agg')
 import nbformat, pytest
@@ -10,6 +10,7 @@ from mgsr_nb.study.statistics import HOLDS, better_by
 from test_pages import FINDING, lab_runs
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'tools'))
 
 @pytest.fixture(scope='module')
 def committed():
@@ -62,6 +63,13 @@ def test_the_page_of_all_tables_is_that_of_the_runs(committed):
     for name in real.names: assert suite_markdown(real, name) in shown, f'{name}: run `make report`'
     for name in lab.names: assert lab_markdown(lab, name, read_costs(ROOT/'runs')) in shown, f'{name}: run `make report`'
     assert correlations(real) in shown
+
+def test_the_chapters_say_what_the_laboratory_says(capsys):
+    import chapters
+    assert chapters.main(['--check']) == 0, capsys.readouterr().out + 'run `make report`'
+    for name in chapters.CHAPTERS:
+        cell = next(c for c in nbformat.read(ROOT/'nbs'/f'{name}.ipynb', as_version=4).cells if c.id == chapters.ID)
+        for image in re.findall(r'\]\((images/[^)]*)\)', cell.source): assert (ROOT/'nbs'/image).is_file(), image
 
 def test_the_example_in_the_documentation_is_the_committed_quickstart(monkeypatch):
     monkeypatch.chdir(ROOT/'nbs')

@@ -1,5 +1,5 @@
 "What is said of a suite: on the page of all tables, and on one screen."
-import re
+import json, re
 import pytest
 from IPython.display import Image, Markdown
 from mgsr_nb.files import write_json
@@ -79,6 +79,15 @@ def test_all_scores_of_the_laboratory_are_on_the_page_of_all_tables(tmp_path):
     lab_runs(tmp_path)
     text = lab_markdown(read_lab(tmp_path), 'components', read_costs(tmp_path))
     assert all(m.label in text for m in SCORES.values()) and '*Expected before the runs:*' in text and '400 prompts of 1 set.' in text
+
+def test_texts_stand_beside_each_other_set_by_set(tmp_path):
+    row = lambda of, name, k, text, seed=10, **more: dict(of=of, set=name, seed=seed, id=f'{name}-{k}', instruction='Add.', prediction=text, **more)
+    rows = [row(of, name, k, f'{of} {name} {k}', **(dict(input='2 | 3') if name == 'lab' else {})) for of in ('student_start', 'student', 'teacher') for name in ('lab', 'lab_open', 'other') for k in range(3)]
+    rows += [row('student', 'lab', 0, 'of another seed', seed=20), row('student', 'lab', 9, '')]
+    (tmp_path/'samples.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    header, _, *lines = pages.texts_table(tmp_path, {'lab_open': 1, 'lab': 2}).splitlines()
+    assert header == '| asked | student before | student after | teacher |'
+    assert lines == ['| Add. | student_start lab_open 0 | student lab_open 0 | teacher lab_open 0 |', *(f'| Add. 2 \\| 3 | student_start lab {k} | student lab {k} | teacher lab {k} |' for k in range(2))]
 
 def test_the_reports_have_a_section_for_every_suite():
     import nbformat

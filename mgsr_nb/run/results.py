@@ -259,18 +259,18 @@ def run_card(folder: Path) -> Card:
     "The card of the finished run in `folder`, from its metrics.json, log.csv and samples.jsonl."
     import pandas as pd
     metrics, log = read_metrics(folder), pd.read_csv(Path(folder)/"log.csv")
-    found = {name: metrics[who] for who, name in WHO.items()}
     scores = {name: (m["validation"]["nll"], m["validation"]["kl"], m["average"]["rouge_l"])
-        for name, m in found.items()}
-    columns = {"loss of each batch": "loss", "validation NLL": "validation_nll",
-        "validation KL": "validation_kl"}
+        for who, name in WHO.items() for m in [metrics[who]]}
+    columns = {"loss of each batch": "loss"} | {f"validation {m.upper()}": f"validation_{m}"
+        for m in ("nll", "kl")}
     def points(column): return log.loc[log[column].notna(), ["step", column]].values.tolist()
     curve = {name: points(column) for name, column in columns.items() if column in log}
     answers = read_samples(folder)
     first = [a for a in answers if (a["id"], a["seed"]) == (answers[0]["id"], answers[0]["seed"])]
     texts = {WHO[a["of"]]: shortened(a["prediction"]) for a in first}
     return Card(metrics["run_name"], scores, {k: v for k, v in curve.items() if v},
-        shortened(first[0]["instruction"]) if first else "", texts, cost_of(metrics, log))
+        " ".join(shortened(a["instruction"] + " " + a.get("input", "")) for a in first[:1]),
+        texts, cost_of(metrics, log))
 
 def shortened(text: str, characters: int = 240) -> str:
     "The text on one line, cut behind a word."

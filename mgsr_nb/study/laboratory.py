@@ -23,7 +23,7 @@ from .records import Results, Run, read_run
 from .statistics import (
     MARGINS, Metric, SeedTest, agreed, verdicts, seed_test)
 from .suites import SUITES, Claim
-from .tables import markdown_table
+from .tables import _effect, markdown_table
 from .figures import _axes, _finished
 
 # %% ../../nbs/56_laboratory.ipynb #81291c22
@@ -183,8 +183,7 @@ def lab_table(results: Results, suite: str) -> str:
 
 def effect_number(test: SeedTest, score: str) -> str:
     "An effect and half the width of its interval."
-    digits = SCORES[score].digits
-    return f"{test.mean:+.{digits}f} ± {test.half:.{digits}f}"
+    return _effect(test.mean, test.half, SCORES[score].digits)
 
 def effect_table(effects: Sequence[Effect], expected: Optional[Expectation] = None,
         shown: Sequence[str] = ("exact", "truth_kl", "rouge_l"),

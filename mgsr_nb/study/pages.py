@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECORDED', 'BEHEADED', 'LIMITS_SHOWN', 'size', 'setting', 'notes', 'gaps', 'suite_markdown', 'suite_figures',
-           'pictured', 'lab_markdown', 'lab_figures', 'show_suite', 'show_page']
+           'pictured', 'lab_markdown', 'lab_figures', 'show_suite', 'show_page', 'chapter_markdown', 'texts_table']
 
 # %% ../../nbs/58_pages.ipynb #522f3a91
+from pathlib import Path
 from typing import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
@@ -14,8 +15,8 @@ from ..config import BEFORE
 from .records import Results
 from .suites import SUITES
 from .tables import (
-    _listed, diagnostics, diagnostics_table, score_table, sensitivity_table, suite_logs,
-    suite_scores, where_limits_ended)
+    _listed, diagnostics, diagnostics_table, markdown_table, score_table, sensitivity_table,
+    suite_logs, suite_scores, where_limits_ended)
 from .figures import (
     cost_plot, costs, learning_curves, limits_plot, small_png, weight_grid, weight_heatmap)
 from .laboratory import (
@@ -157,6 +158,7 @@ def lab_markdown(results: Results, suite: str, costs: pd.DataFrame) -> str:
 
 def lab_figures(results: Results, suite: str) -> list[Figure]:
     "Learning curves of a suite of the laboratory, and the map of `alpha_beta`."
+    if not results.cells(suite): return []
     log = suite_logs(results, suite)
     found = [learning_curves(log, SUITES[suite].reference)] if "validation_nll" in log else []
     return found + ([lab_map(results)] if suite == "alpha_beta" else [])
@@ -200,3 +202,32 @@ def _page(results: Results, suite: str, scores: Sequence[str] = tuple(SCORES)) -
     if scores == REAL: table, shown = effect_table(effects, shown=REAL), ("nll", "rouge_l")
     else: table, shown = effect_table(effects, EXPECTED.get(suite)), ("exact", "truth_kl")
     return [pictured(effect_plot(effects, shown)), Markdown(f"{size(results, suite)}.\n\n{table}")]
+
+# %% ../../nbs/58_pages.ipynb #c0650ecb
+def chapter_markdown(lab: Results, findings: Sequence[Finding], suite: str, image: str) -> str:
+    """What a chapter says of a suite of the laboratory: the question, the findings, the curves,
+    which are in the file `image`, and the table. Empty without two seeds."""
+    effects = effects_of(lab, suite, comparisons(lab, suite))
+    if not effects: return ""
+    said = [f"- {finding_line(f)}" for f in findings if (f.pair, f.suite) == ("lab", suite)]
+    return "\n\n".join(p for p in (f"*{lab.described(suite).question}*", "\n".join(said),
+        f"![Validation NLL and KL of the cells of the suite {suite} over the updates, and how much "
+        f"better each is than `{SUITES[suite].reference}`.]({image})",
+        f"{size(lab, suite)}; all numbers are on [the page of all tables](details.ipynb).",
+        effect_table(effects, EXPECTED.get(suite))) if p)
+
+# %% ../../nbs/58_pages.ipynb #596f6084
+def texts_table(folder: str | Path, wanted: dict[str, int]) -> str:
+    """Of each of the `wanted` test sets the first so many prompts of a finished run as a Markdown
+    table: what was asked, and what the student wrote before and after, and the teacher."""
+    from mgsr_nb.run.results import WHO, read_samples, shortened
+    answers, rows = read_samples(Path(folder)), {}
+    seed = answers[0]["seed"] if answers else 0
+    for a in answers:
+        if a["seed"] == seed and a["set"] in wanted:
+            question = shortened(a["instruction"] + " " + a.get("input", ""))
+            row = rows.setdefault((a["set"], a["id"]), {"asked": question})
+            row[WHO[a["of"]]] = shortened(a["prediction"]) or "(nothing)"
+    found = {s: [row for (name, _), row in rows.items() if name == s][:n]
+        for s, n in wanted.items()}
+    return markdown_table([row for part in found.values() for row in part])

@@ -13,7 +13,7 @@
   const p = grouped("p"), own = grouped("q").map(Math.log);
   const words = [...position.words.slice(0, SINGLE).map(w => w.trim()), "all others"];
 
-  // each: value, and its derivative by q; alpha and beta as in mgsr_nb.divergences
+  // each: value, and its derivative by q; the options as in mgsr_nb.divergences
   const log = Math.log, total = (p, q, f) => sum(p.map((x, k) => f(x, q[k])));
   const LOSSES = {
     forward_kl: () => ({ f: (p, q) => p * log(p / q), d: (p, q) => -p / q }),
@@ -25,9 +25,21 @@
     skew_forward_kl: ({ alpha: a }) => ({ f: (p, q) => p * log(p / (a * p + (1 - a) * q)), d: (p, q) => -p * (1 - a) / (a * p + (1 - a) * q) }),
     skew_reverse_kl: ({ alpha: a }) => ({ f: (p, q) => q * log(q / ((1 - a) * p + a * q)),
                                           d: (p, q) => { const m = (1 - a) * p + a * q; return log(q / m) + 1 - a * q / m; } }),
+    adaptive_kl: ({ head }, q) => { const w = headShare(q, head);           // no gradient goes through the share
+                                    return { f: (p, q) => w * p * log(p / q) + (1 - w) * q * log(q / p), d: (p, q) => -w * p / q + (1 - w) * (log(q / p) + 1) }; },
+    alpha_beta: ({ power_p: a, power_q: b }) => b === 0 ? { f: (p, q) => (p ** a * a * log(p / q) - p ** a + q ** a) / a ** 2, d: (p, q) => (q ** (a - 1) - p ** a / q) / a }
+      : a === 0 ? { f: (p, q) => (q ** b * b * log(q / p) - q ** b + p ** b) / b ** 2, d: (p, q) => q ** (b - 1) * log(q / p) }
+      : { f: (p, q) => (a / (a + b) * p ** (a + b) + b / (a + b) * q ** (a + b) - p ** a * q ** b) / (a * b), d: (p, q) => (q ** (a + b - 1) - p ** a * q ** (b - 1)) / a },
   };
+  // how much of |p - q| lies in the head of p: its likeliest classes of at most `mass`, at least one
+  function headShare(q, mass) {
+    let before = 0, last = 0;
+    for (const x of [...p].sort((a, b) => b - a)) { before += x; if (last && before > mass) break; last = x; }
+    const gap = p.map((x, k) => Math.abs(x - q[k]));
+    return sum(gap.filter((_, k) => p[k] >= last)) / Math.max(sum(gap), 1e-300);
+  }
   function evaluate(name, z, options) {
-    const { f, d } = LOSSES[name](options), q = softmax(z), slopes = p.map((x, k) => d(x, q[k]));
+    const q = softmax(z), { f, d } = LOSSES[name](options, q), slopes = p.map((x, k) => d(x, q[k]));
     const mean = sum(q.map((x, k) => x * slopes[k]));             // through the softmax
     return { value: total(p, q, f), gradient: q.map((x, k) => x * (slopes[k] - mean)) };
   }
@@ -57,11 +69,12 @@
     root.querySelector("tbody").append(make("tr", { "data-loss": name }, make("td", {}, make("label", {}, pick, " " + name)), make("td", { class: "right", "data-value": name }), make("td", { class: "right" }), make("td", {}, make("div", { class: "strip", "aria-hidden": true }))));
   });
   const option = name => +root.querySelector(`[name=${name}]`).value;
-  const options = () => ({ alpha: option("alpha"), beta: option("beta") });
+  const OPTIONS = ["alpha", "beta", "head", "power_p", "power_q"];
+  const options = () => Object.fromEntries(OPTIONS.map(name => [name, option(name)]));
 
   function update() {
     const q = softmax(z), o = options(), found = Object.fromEntries(Object.keys(LOSSES).map(name => [name, evaluate(name, z, o)]));
-    for (const name of ["alpha", "beta"]) root.querySelector(`output[for=div-${name}]`).textContent = o[name].toFixed(2);
+    for (const name of OPTIONS) root.querySelector(`output[for=div-${name}]`).textContent = o[name].toFixed(2);
     const { value, gradient } = found[chosen], top = Math.max(...p, ...q), unit = 100 / top;
     rows.forEach((row, k) => {
       const [, bars, number, slider, slope] = row.children;
@@ -91,6 +104,7 @@
   root.addEventListener("input", ({ target }) => {
     if (target.dataset.logit) z[+target.dataset.logit] = +target.value;
     if (target.name === "loss") chosen = target.value;
+    if (option("power_p") + option("power_q") === 0) target.value = target.step;      // not both 0
     update();
   });
   root.addEventListener("click", ({ target }) => {
