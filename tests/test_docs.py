@@ -180,14 +180,26 @@ LOOK = '''({width: document.documentElement.scrollWidth - document.documentEleme
     dark: document.documentElement.classList.contains('quarto-dark'), ground: getComputedStyle(document.body).backgroundColor,
     stuck: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src.slice(0, 60))})'''
 
+@pytest.fixture(scope='module')
+def looked(site, pages, chromium):
+    """What is seen of each page, opened once in each way: {(width, dark): {page: what}}. `pale`, what stands out too little, and `wide`,
+    lines of code that do not fit, with everything unfolded, are looked for at the full width."""
+    found = {}
+    for way in (1280, False), (1280, True), (390, False):
+        for name in pages:
+            chromium.open((site/name).as_uri(), width=way[0], dark=way[1])
+            seen = chromium.js(LOOK) | dict(errors=chromium.errors(), requests=chromium.requests())
+            if way[0] == 1280: seen |= dict(pale=chromium.js(PALE))
+            if way == (1280, False): seen |= chromium.js(SIDEWAYS)
+            found.setdefault(way, {})[name] = seen
+    return found
+
 @pytest.mark.parametrize('width', WIDTHS)
-def test_pages_render_without_errors_requests_or_overflow(site, pages, chromium, width):
+def test_pages_render_without_errors_requests_or_overflow(looked, width):
     problems = []
-    for name in pages:
-        chromium.open((site/name).as_uri(), width=width)
-        seen = chromium.js(LOOK)
-        wrong = [('error', e) for e in chromium.errors()] + [('formula', f) for f in seen['wrong']] + [('raw formula', r) for r in seen['raw']] + [('no image', i) for i in seen['stuck']]
-        wrong += [('request', r) for r in chromium.requests() if not r.startswith(('file:', 'data:', 'blob:'))]
+    for name, seen in looked[width, False].items():
+        wrong = [('error', e) for e in seen['errors']] + [('formula', f) for f in seen['wrong']] + [('raw formula', r) for r in seen['raw']] + [('no image', i) for i in seen['stuck']]
+        wrong += [('request', r) for r in seen['requests'] if not r.startswith(('file:', 'data:', 'blob:'))]
         if seen['width'] > 0: wrong.append(('wider than the window by', seen['width']))
         if seen['katex'] < (least := formulas(name[:-5])): wrong.append((f"{seen['katex']} formulas, expected", least))
         problems += [(name, *w) for w in wrong]
@@ -199,25 +211,21 @@ SIDEWAYS = '''(() => {
     const longest = e => e.textContent.split('\\n').reduce((a, b) => a.length > b.length ? a : b);
     return {blocks: blocks.length, wide: blocks.filter(e => e.scrollWidth > e.clientWidth).map(e => longest(e).slice(0, 80))} })()'''
 
-def test_code_of_the_chapters_fits_the_page(site, chromium):
+def test_code_of_the_chapters_fits_the_page(looked):
     "At 1280 pixels no block of code scrolls sideways, what is folded included: 100 columns fit."
     chapters = sorted(p.stem for p in NBS.glob('[0-9][0-9]_*.ipynb'))
     wide, blocks = [], 0
     for stem in chapters:
-        chromium.open((site/f'{stem[3:]}.html').as_uri(), width=1280)
-        seen = chromium.js(SIDEWAYS)
+        seen = looked[1280, False][f'{stem[3:]}.html']
         blocks += seen['blocks']
         wide += [(stem, line) for line in seen['wide']]
     assert not wide
     assert blocks > 10 * len(chapters)
 
-def test_dark_mode_is_followed(site, chromium):
-    light, dark = [], []
-    for mode, found in ((False, light), (True, dark)):
-        chromium.open((site/'index.html').as_uri(), dark=mode)
-        found.append(chromium.js(LOOK))
-    bright = [sum(map(int, re.findall(r'\d+', s[0]['ground'])[:3])) for s in (light, dark)]
-    assert not light[0]['dark'] and dark[0]['dark'] and bright[0] > 600 > 250 > bright[1]
+def test_dark_mode_is_followed(looked):
+    light, dark = (looked[1280, mode]['index.html'] for mode in (False, True))
+    bright = [sum(map(int, re.findall(r'\d+', s['ground'])[:3])) for s in (light, dark)]
+    assert not light['dark'] and dark['dark'] and bright[0] > 600 > 250 > bright[1]
 
 PALE = '''(() => {
     const parts = c => c.match(/[\\d.]+/g).map(Number), linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
@@ -231,13 +239,9 @@ PALE = '''(() => {
     return found })()'''
 
 @pytest.mark.parametrize('dark', (False, True))
-def test_text_stands_out_from_its_ground(site, pages, chromium, dark):
+def test_text_stands_out_from_its_ground(looked, dark):
     "Contrast of at least 4.5 to 1, as WCAG 2 asks for text of ordinary size (1.4.3)."
-    pale = {}
-    for name in pages:
-        chromium.open((site/name).as_uri(), dark=dark)
-        pale |= {f'{name}: {what}': ratio for what, ratio in chromium.js(PALE).items()}
-    assert not pale
+    assert not {f'{name}: {what}': ratio for name, seen in looked[1280, dark].items() for what, ratio in seen['pale'].items()}
 
 def test_search_finds_a_function_without_a_server(site, chromium):
     chromium.open((site/'index.html').as_uri())

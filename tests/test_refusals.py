@@ -1,8 +1,11 @@
 """What a user can get wrong around a run, in one list: each ends `mgsr-run` with status 2 and a
-sentence that begins with the name of what to change, and no traceback."""
+sentence that begins with the name of what to change, and no traceback; models that are unfit are
+tried without the command, which says of all of them what it says of the last."""
 import os, subprocess, sys
 from pathlib import Path
 import pytest
+from mgsr_nb.config import ConfigError, resolve
+from mgsr_nb.run.results import run
 from tiny_runs import tiny_parameters
 from unfit_models import UNFIT
 
@@ -18,13 +21,9 @@ def unfit(name):
         parameters["teacher"] = str(root/name)
     return change
 
-def chat(root, parameters, env): parameters["template"] = "chat"
-
 def cache(root, parameters, env):
     (root/"file").write_text("", encoding="utf-8")
     env["MGSR_CACHE"] = str(root/"file")
-
-def no_place(root, parameters, env): env["MGSR_CACHE"] = "/proc/no-such-place"     # nobody can make a folder there
 
 def homeless(root, parameters, env):
     "No home folder and no MGSR_CACHE; in a container the user has no entry either."
@@ -40,12 +39,24 @@ def runs(root, parameters, env):
     parameters["runs_dir"] = str(root/"runs-file")
 
 # what is wrong -> (how to make it so, how the sentence begins, a part of it)
-CASES = {**{name: (unfit(name), "teacher: ", words) for name, (_, words) in UNFIT.items()},
-    "chat": (chat, "template: ", "has no chat template"),
+*OTHERS, LAST = UNFIT
+CASES = {LAST: (unfit(LAST), "teacher: ", UNFIT[LAST][1]),
     "cache": (cache, "MGSR_CACHE: ", "cannot be written"),
-    "nowhere": (no_place, "MGSR_CACHE: ", "the cache /proc/no-such-place cannot be written ([Errno 2] No such file or directory"),
     "home": (homeless, "HOME: ", "no home folder"),
     "runs": (runs, "runs_dir: ", "cannot be written")}
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_unfit_teacher_is_one_sentence(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("MGSR_CACHE", str(tmp_path/"cache"))
+    UNFIT[name][0](tmp_path/name)
+    with pytest.raises(ConfigError, match="^teacher: .*") as said:
+        run(resolve(tiny_parameters(tmp_path/"runs", str(tmp_path/name))), cpu=True)
+    assert UNFIT[name][1] in str(said.value)
+
+def test_a_cache_that_nobody_can_make_is_one_sentence(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("MGSR_CACHE", "/proc/no-such-place")
+    with pytest.raises(ConfigError, match=r"^MGSR_CACHE: the cache /proc/no-such-place cannot be written \(\[Errno 2\] No such file or directory"):
+        run(resolve(tiny_parameters(tmp_path/"runs", place[1])), cpu=True)
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_ends_with_status_2_and_one_sentence(name, place):

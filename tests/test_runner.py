@@ -1,5 +1,6 @@
 """The ablation runner with real processes, real kernels and papermill, on a toy training notebook that takes a moment and writes down that it ran."""
-import json, signal, subprocess, sys, time
+import contextlib, io, json, signal, subprocess, sys, time
+from types import SimpleNamespace
 import nbformat, pytest
 from mgsr_nb.study.suites import SUITES, After, Suite
 from mgsr_nb.presets import METHODS, PRESETS
@@ -9,7 +10,7 @@ from mgsr_nb.run.folder import finished, open_run
 from mgsr_nb.study.jobs import jobs_of, lock_of, locked, state
 from mgsr_nb.study.progress import plan, time_left
 from mgsr_nb.study.engines import Processes
-from mgsr_nb.study.runner import ablate, at_a_time, slots_of, threads_of
+from mgsr_nb.study.runner import ablate, at_a_time, main, slots_of, threads_of
 
 CELLS = list(SUITES['loss_weights'].cells)
 TRAIN = """
@@ -42,7 +43,8 @@ def project(tmp_path, monkeypatch):
 
 def ran(project): return [line.split()[0] for line in (project/'ran.txt').read_text().splitlines()] if (project/'ran.txt').exists() else []
 def folder(project, cell): return project/'runs'/'loss_weights+quickstart'/cell/'seed0'
-def command(*args): return [sys.executable, '-c', 'from mgsr_nb.study.runner import main; main()', 'loss_weights', '--preset', 'quickstart', '-p', 'max_steps', '3', *args]
+TYPED = 'loss_weights', '--preset', 'quickstart', '-p', 'max_steps', '3'
+def command(*args): return [sys.executable, '-c', 'from mgsr_nb.study.runner import main; main()', *TYPED, *args]
 def hold(project, cell):
     "From now on this cell sleeps until it is killed; None: no cell does."
     (project/'hold').unlink(missing_ok=True)
@@ -50,7 +52,16 @@ def hold(project, cell):
 def start(*args):
     "A shell that runs the tests in the background has Ctrl-C ignored, also by what they start: it is not ignored here."
     return subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-def call(*args): return subprocess.run(command(*args), capture_output=True, text=True, timeout=120)
+def call(*args):
+    "The same command, without a process of its own: its cells have theirs."
+    class Out(io.StringIO):
+        def reconfigure(self, **how): pass
+    out, err, status, terminated = Out(), io.StringIO(), 0, signal.getsignal(signal.SIGTERM)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: main([*TYPED, *args])
+        except SystemExit as e: status = e.code or 0
+        finally: signal.signal(signal.SIGTERM, terminated)
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 def wait_for(condition, seconds=60):
     end = time.time() + seconds
