@@ -1,6 +1,7 @@
 """The project's own promises: library, configuration, notebooks, README and packaging agree with each other."""
 import ast, importlib.metadata as metadata, json, os, re, shutil, subprocess, sys, tomllib
 from configparser import ConfigParser
+from functools import lru_cache
 from pathlib import Path
 import nbformat, pytest
 
@@ -132,9 +133,12 @@ def module_level_imports(path):
     body = [n for n in ast.parse(path.read_text(encoding='utf-8')).body if not isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     return imports('\n'.join(map(ast.unparse, body)))
 
+@lru_cache
+def providers(): return metadata.packages_distributions()      # reads the records of all that is installed
+
 def distributions(names):
     "Distributions that provide these modules: what the standard library and the project provide left out."
-    provided = metadata.packages_distributions()
+    provided = providers()
     third = {n for n in names if n not in sys.stdlib_module_names and n != 'mgsr_nb'}
     return {n: {normal(d) for d in provided.get(n, [n])} for n in third}
 
