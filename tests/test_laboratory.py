@@ -6,7 +6,7 @@ from mgsr_nb.files import write_json
 from mgsr_nb.study.laboratory import (
     BETTER, EXPECTED, SAME, SCORES, WORSE, against_reference, better_by_seed, lab_costs, effect_table, effects_of, lab_map, effect_plot, lab_score,
     lab_table, of_claims, read_costs, read_lab)
-from mgsr_nb.study.statistics import FAILS, HOLDS, NEGLIGIBLE, OPEN
+from mgsr_nb.study.statistics import FAILS, HOLDS, NEGLIGIBLE, OPEN, PARTED
 from mgsr_nb.study.records import read_results
 from mgsr_nb.study.suites import SUITES
 
@@ -31,7 +31,7 @@ def results(tmp_path):
 
 def test_effects_and_verdicts(results):
     found = {e.better: e for e in effects_of(results, 'components', against_reference(results, 'components'))}
-    assert {c: e.verdict for c, e in found.items()} == {'scrg': HOLDS, 'scrg+dac': OPEN, 'dac': OPEN, 'span': f'{OPEN} (3 seeds)', 'scrg+dac+span': FAILS}
+    assert {c: e.verdict for c, e in found.items()} == {'scrg': HOLDS, 'scrg+dac': PARTED, 'dac': PARTED, 'span': f'{OPEN} (3 seeds)', 'scrg+dac+span': FAILS}
     t = found['scrg'].tests['exact']
     assert found['scrg'].by_seed['exact'] == pytest.approx({k: 5 + n for k, n in enumerate(NOISE)})
     low, high = ttest_1samp([5 + n for n in NOISE], 0).confidence_interval()

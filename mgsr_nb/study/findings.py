@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ..run.folder import runs_root
 from .records import Results, read_results
-from .statistics import FAILS, HOLDS, MARGINS, NEGLIGIBLE, SeedTest
+from .statistics import (
+    FAILS, HOLDS, MARGINS, NEGLIGIBLE, PARTED, SeedTest)
 from .figures import _axes, _finished
 from .laboratory import (
     SCORES, comparisons, effect_number, read_lab, tests_of, verdicts_of)
@@ -72,8 +73,9 @@ def outdated(findings: Sequence[Finding], pairs: dict[str, Results]) -> list[str
     return lines
 
 # %% ../../nbs/57_findings.ipynb #b9782a85
-COLOURS = {HOLDS: "C2", FAILS: "C3", NEGLIGIBLE: "C0"}
-WORDS = {HOLDS: "better", FAILS: "worse", NEGLIGIBLE: "no difference"}
+COLOURS = {HOLDS: "C2", FAILS: "C3", NEGLIGIBLE: "C0", PARTED: "C4"}
+WORDS = {HOLDS: "better", FAILS: "worse", NEGLIGIBLE: "no difference",
+    PARTED: "better by one metric, worse by another"}
 
 def in_words(verdict: str) -> str: return WORDS.get(verdict, verdict)
 

@@ -13,16 +13,16 @@ import numpy as np
 import pandas as pd
 from .records import Results, Run, _prompts, _what_is_missing
 from .statistics import (
-    FAILS, HOLDS, METRICS, NEGLIGIBLE, OPEN, better_by, prompt_interval, run_score)
+    FAILS, HOLDS, METRICS, NEGLIGIBLE, OPEN, PARTED, better_by, prompt_interval, run_score)
 from .tables import _effect, _listed, _number, markdown_table, of_answers
 from .laboratory import comparisons, verdicts_of
 
 # %% ../../nbs/59_overview.ipynb #65b7a1d9
 def verdict_counts(results: Results, suite: str, score: str) -> dict[str, int]:
-    "How many comparisons of a suite hold, do not hold, are negligible, are not resolved."
+    "How many comparisons of a suite have each verdict."
     found = [v.split(" (")[0]
         for v in verdicts_of(results, suite, comparisons(results, suite), score).values()]
-    return {k: found.count(k) for k in (HOLDS, FAILS, NEGLIGIBLE, OPEN)}
+    return {k: found.count(k) for k in (HOLDS, FAILS, NEGLIGIBLE, PARTED, OPEN)}
 
 def summary_table(results: Results, score: str) -> str:
     """The suites that ran as a Markdown table: cells, seeds, and how their comparisons came out by
