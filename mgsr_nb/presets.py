@@ -32,8 +32,8 @@ PRESETS = {
         data="dolly", max_prompt_tokens=96, max_tokens=144, max_new_tokens=32,
         teacher_sft_steps=100, max_steps=24, threshold_start=0.5, buffer_size=16,
         eval_prompts=64, eval_every=12, save_samples=8),
-    # the laboratory: a pair from scratch that trains to the end in minutes, in a small world; one
-    # precision, so that runs of all machines can stand in one table
+    # the laboratory: a pair from scratch that learns a small world within minutes; one precision,
+    # so that runs of all machines can stand in one table
     "lab": dict(
         data="lab", template="plain", precision="float32",
         teacher="lab-128x4", student="lab-64x2",

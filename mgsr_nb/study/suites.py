@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'loss_weights', 'fixed_clipping', 'components', 'sampling', 'dac_parts', 'divergences', 'baselines',
            'corrections', 'f_sub', 'spans', 'capacity', 'temperature', 'readings', 'relatives', 'POWERS', 'alpha_beta',
-           'STUDENTS', 'sizes', 'SUITES', 'After', 'Claim', 'Suite', 'learned_means']
+           'STUDENTS', 'sizes', 'STEPS', 'updates', 'SUITES', 'After', 'Claim', 'Suite', 'learned_means']
 
 # %% ../../nbs/47_suites.ipynb #2a21ff54
 from dataclasses import dataclass, field
@@ -186,7 +186,14 @@ sizes = Suite({f"{method},{student}": dict(method=method, student=student)
         for student in STUDENTS for method in ("mgsr", "kd", "sft")}, "mgsr,lab-64x2",
     "As the student grows, who gains from what?")
 
+STEPS = (300, 600, 1200)
+updates = Suite({f"{method},steps={n}": dict(method=method, max_steps=n)
+        for n in STEPS for method in ("mgsr", "kd")}, "mgsr,steps=300",
+    "Does a verdict change with the number of updates?",
+    tuple(Claim(f"MGSR, rather than KD, after {n} updates", f"mgsr,steps={n}", f"kd,steps={n}",
+        "Table 1") for n in STEPS))
+
 SUITES = dict(loss_weights=loss_weights, fixed_clipping=fixed_clipping, components=components,
     sampling=sampling, dac_parts=dac_parts, divergences=divergences, baselines=baselines,
     corrections=corrections, f_sub=f_sub, spans=spans, capacity=capacity, temperature=temperature,
-    readings=readings, sizes=sizes, relatives=relatives, alpha_beta=alpha_beta)
+    readings=readings, sizes=sizes, relatives=relatives, alpha_beta=alpha_beta, updates=updates)
