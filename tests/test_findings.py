@@ -36,8 +36,8 @@ def test_a_number_that_moved_is_named(tmp_path):
     with pytest.raises(ValueError, match='SCRG: no two seeds'): evidence(Finding(**vars(FINDING) | dict(better='span')), pairs['lab'])
 
 def test_a_line_has_one_number_its_verdict_and_a_link():
-    assert findings_list([FINDING]) == '- **SCRG helps.** exact +3.2 ± 0.2 points, *better*: [laboratory](report.ipynb#components).'
-    assert findings_list([FINDING], page='').endswith('(#components).') and finding_line(FINDING).endswith(': laboratory.')
+    assert findings_list([FINDING]) == '- **SCRG helps.** exact match +3.2 ± 0.2 points, *better*: [laboratory](report.ipynb#components).'
+    assert findings_list([FINDING], page='').endswith('(#components).') and finding_line(FINDING).endswith(', *better*.')
 
 def test_the_figure_counts_in_margins(tmp_path):
     lab_runs(tmp_path)

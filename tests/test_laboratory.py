@@ -54,10 +54,10 @@ def test_pairs_are_of_the_same_seed(tmp_path):
 def test_tables_hold_every_cell_and_comparison(results):
     table = lab_table(results, 'components').splitlines()
     assert [line.split('|')[1].strip() for line in table[2:]] == ['`none`', '`scrg`', '`scrg+dac`', '`scrg+dac+span`', '`dac`', '`span`', '(start)', '(teacher)']
-    assert '62.0 ± 1.6' in table[2] and all(m.label in table[0] for m in SCORES.values())
+    assert '62.0&nbsp;±&nbsp;1.6' in table[2] and all(m.label in table[0] for m in SCORES.values())
     effects = effects_of(results, 'components', of_claims(results, 'components'))
     lines = effect_table(effects).splitlines()[2:]
-    assert len(lines) == len(effects) == 3 and '`scrg`' in lines[0] and '**holds**' in lines[0] and '+5.0 ± 0.3' in lines[0]
+    assert len(lines) == len(effects) == 3 and '`scrg`' in lines[0] and '**better**' in lines[0] and '+5.0&nbsp;±&nbsp;0.3' in lines[0]
     assert len(effect_plot(effects).axes) == 2
 
 def test_the_other_reader_leaves_them_alone(tmp_path):

@@ -50,6 +50,6 @@ def test_summary_has_a_line_a_suite_with_what_became_of_its_comparisons(tmp_path
         for k in range(5): add(tmp_path, 'loss_weights', cell, k, shift + (cell != 'one') * 1e-3 * k)
     for cell in ('none', 'phrases'): add(tmp_path, 'spans', cell, 0)
     table = summary_table(read_results(tmp_path, SUITES), 'nll').splitlines()
-    assert table[0] == '| suite | cells | seeds | holds | does not hold | negligible | the metrics part | not resolved |'
+    assert table[0] == '| suite | cells | seeds | better | worse | no difference | better by one metric, worse by another | not resolved |'
     assert '| `loss_weights` | 3 of 3 | 5 | 1 | 1 | 0 | 0 | 0 |' in table and '| `spans` | 2 of 2 | 1 | 0 | 0 | 0 | 0 | 0 |' in table
     assert table[-1] == '| all |  |  | 1 | 1 | 0 | 0 | 0 |' and summary_table(read_results(tmp_path/'nothing', SUITES), 'nll') == ''

@@ -64,7 +64,7 @@ def test_a_suite_on_one_screen_is_that_of_the_laboratory_where_it_ran(tmp_path, 
     assert only_real[0].data.startswith('*What does each component add') and '- **SCRG helps.**' in only_real[0].data
     lab_runs(tmp_path)
     both = shown(monkeypatch, {'lab': read_lab(tmp_path), 'smollm2': real}, [], 'components')
-    assert [type(p) for p in both] == [Markdown, Image, Markdown] and '| exact |' in both[2].data and '**holds**' in both[2].data and '| NLL |' not in both[2].data
+    assert [type(p) for p in both] == [Markdown, Image, Markdown] and '| exact match |' in both[2].data and '**better**' in both[2].data and '| NLL |' not in both[2].data
     header = both[2].data.split('\n\n')[1].splitlines()[0]
     assert header.count('|') == 7                                    # six columns
     assert 'SCRG helps' not in both[0].data

@@ -21,14 +21,14 @@ from ..config import resolve
 from ..run.folder import runs_root
 from .records import Results, Run, read_run
 from .statistics import (
-    MARGINS, Metric, SeedTest, agreed, verdicts, seed_test)
+    MARGINS, Metric, SeedTest, agreed, in_words, seed_test, verdicts)
 from .suites import SUITES, Claim
-from .tables import _effect, markdown_table
+from .tables import PLUS_MINUS, _effect, markdown_table
 from .figures import _axes, _finished
 
 # %% ../../nbs/56_laboratory.ipynb #81291c22
-SCORES = {"exact": Metric("exact", "points", 1, 1),
-    "greedy_exact": Metric("greedy exact", "points", 1, 1),
+SCORES = {"exact": Metric("exact match", "points", 1, 1),
+    "greedy_exact": Metric("greedy exact match", "points", 1, 1),
     "truth_kl": Metric("KL from truth", "nats a token", -1, 3),
     "kl": Metric("KL to teacher", "nats a token", -1, 3), "nll": Metric("NLL", "nats", -1, 3),
     "rouge_l": Metric("ROUGE-L", "points", 1, 1),
@@ -166,7 +166,7 @@ EXPECTED = {
 
 # %% ../../nbs/56_laboratory.ipynb #583642cc
 def _mean_sd(values: Sequence[float], digits: int) -> str:
-    sd = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    sd = f"{PLUS_MINUS}{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{sd}"
 
 def lab_table(results: Results, suite: str) -> str:
@@ -192,9 +192,10 @@ def effect_table(effects: Sequence[Effect], expected: Optional[Expectation] = No
     expected; where it is one of the paper's `claims`, with the place in the paper."""
     said = {(c.better, c.worse): f" ({c.source.split(';')[0]})" for c in claims}
     return markdown_table([{"better?": f"`{e.better}` than `{e.worse}`"
-                + said.get((e.better, e.worse), ""), "verdict": f"**{e.verdict}**"}
+                + said.get((e.better, e.worse), ""), "verdict": f"**{in_words(e.verdict)}**"}
         | ({"expected": expected.of(e.better)} if expected else {})
-        | {SCORES[s].label: effect_number(e.tests[s], s) for s in shown} for e in effects])
+        | {SCORES[s].label: effect_number(e.tests[s], s).replace(" ± ", PLUS_MINUS)
+            for s in shown} for e in effects])
 
 # %% ../../nbs/56_laboratory.ipynb #8e39493f
 def effect_plot(effects: Sequence[Effect], scores: Sequence[str] = (DECIDES, AGAINST)) -> Figure:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .records import Results, Run, _prompts, _what_is_missing
-from .statistics import (
-    FAILS, HOLDS, METRICS, NEGLIGIBLE, OPEN, PARTED, better_by, prompt_interval, run_score)
+from mgsr_nb.study.statistics import (
+    FAILS, HOLDS, METRICS, NEGLIGIBLE, OPEN, PARTED, better_by, in_words, prompt_interval,
+    run_score)
 from .tables import _effect, _listed, _number, markdown_table, of_answers
 from .laboratory import comparisons, verdicts_of
 
@@ -34,8 +35,10 @@ def summary_table(results: Results, score: str) -> str:
         total = total.add(pd.Series(counts), fill_value=0)
         rows.append({"suite": f"`{suite}`",
             "cells": f"{len(results.cells(suite))} of {len(results.described(suite).cells)}",
-            "seeds": "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))), **counts})
-    if rows: rows.append({"suite": "all", "cells": "", "seeds": "", **total.astype(int)})
+            "seeds": "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))),
+            **{in_words(k): n for k, n in counts.items()}})
+    if rows: rows.append({"suite": "all", "cells": "", "seeds": "",
+        **{in_words(k): n for k, n in total.astype(int).items()}})
     return markdown_table(rows)
 
 def not_run_sentence(results: Results) -> str:
