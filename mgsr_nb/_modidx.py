@@ -872,6 +872,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mgsr_nb.study.pages._scored': ('pages.html#_scored', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages._seeds': ('pages.html#_seeds', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages._untested': ('pages.html#_untested', 'mgsr_nb/study/pages.py'),
+                                     'mgsr_nb.study.pages.chapter_figure': ('pages.html#chapter_figure', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages.chapter_markdown': ('pages.html#chapter_markdown', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages.gaps': ('pages.html#gaps', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages.lab_figures': ('pages.html#lab_figures', 'mgsr_nb/study/pages.py'),

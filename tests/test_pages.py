@@ -1,5 +1,5 @@
 "What is said of a suite: on the page of all tables, and on one screen."
-import json, re
+import json, re, shutil
 import pandas as pd
 import pytest
 from IPython.display import Image, Markdown
@@ -80,6 +80,17 @@ def test_all_scores_of_the_laboratory_are_on_the_page_of_all_tables(tmp_path):
     lab_runs(tmp_path)
     text = lab_markdown(read_lab(tmp_path), 'components', read_costs(tmp_path))
     assert all(m.label in text for m in SCORES.values()) and '*Expected before the runs:*' in text and '400 prompts of 1 set.' in text
+
+def test_a_chapter_says_what_the_laboratory_says_once_there_are_seeds(tmp_path):
+    lab_runs(tmp_path, seeds=1)
+    assert pages.chapter_markdown(read_lab(tmp_path), [FINDING], 'components', 'x.png') == ''
+    lab_runs(tmp_path)
+    assert pages.chapter_markdown(read_lab(tmp_path), [FINDING], 'components', 'x.png') == ''      # one of three comparisons
+    shutil.copytree(tmp_path/'components+lab'/'scrg', tmp_path/'components+lab'/'dac')
+    for k in range(5): pd.DataFrame(dict(step=[0, 300], validation_nll=[1., .5], validation_kl=[1., .5])).to_csv(tmp_path/f'components+lab/none/seed{k}/log.csv', index=False)
+    text = pages.chapter_markdown(read_lab(tmp_path), [FINDING], 'components', 'x.png')
+    assert '*What does each component add' in text and '- **SCRG helps.** exact match +3.2 ± 0.2 points, *better*.' in text and '](x.png)' in text and '| `scrg` than `none` | **better** |' in text
+    assert [len(a.lines) > 0 for a in pages.chapter_figure(read_lab(tmp_path), 'components').axes][:2] == [True, True]
 
 def test_texts_stand_beside_each_other_set_by_set(tmp_path):
     row = lambda of, name, k, text, seed=10, **more: dict(of=of, set=name, seed=seed, id=f'{name}-{k}', instruction='Add.', prediction=text, **more)

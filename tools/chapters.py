@@ -13,7 +13,7 @@ ID = 'in-the-laboratory'
 TITLE = '## In the laboratory\n\n<!-- made from the runs by `make report` -->'
 CHAPTERS = {'13_divergences': ('divergences', 'alpha_beta'), '14_dac_kl': ('fixed_clipping', 'readings', 'dac_parts'), '15_span': ('spans',),
             '16_objective': ('loss_weights', 'components'), '19_sampling': ('sampling',), '20_scrg': ('corrections',), '21_minillm': ('baselines', 'relatives')}
-NOTHING = 'Not run yet: {}. What the real pair says after its first steps is on [the page of all tables](details.ipynb).'
+NOTHING = 'Too few runs yet: {}. What the real pair says after its first steps is on [the page of all tables](details.ipynb).'
 
 
 def image_of(suite): return f'images/lab_{suite}.png'
@@ -40,7 +40,7 @@ def place(nb):
 def main(args):
     from mgsr_nb.study.findings import read_findings
     from mgsr_nb.study.laboratory import read_lab
-    from mgsr_nb.study.pages import chapter_markdown, lab_figures
+    from mgsr_nb.study.pages import chapter_figure, chapter_markdown
     from mgsr_nb.study.figures import small_png
     lab, findings, stale = read_lab(ROOT/'runs'), read_findings(ROOT/'runs'), []
     for name, suites in CHAPTERS.items():
@@ -55,7 +55,7 @@ def main(args):
     for suite in (s for suites in CHAPTERS.values() for s in suites):
         image = NB_DIR/image_of(suite)
         image.unlink(missing_ok=True)
-        if chapter_markdown(lab, findings, suite, ''): image.write_bytes(small_png(lab_figures(lab, suite)[0]))
+        if chapter_markdown(lab, findings, suite, ''): image.write_bytes(small_png(chapter_figure(lab, suite)))
     print('chapters:', *(stale or ['up to date']))
 
 
