@@ -229,6 +229,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mgsr_nb.files._whole': ('files.html#_whole', 'mgsr_nb/files.py'),
                                'mgsr_nb.files.artefact': ('files.html#artefact', 'mgsr_nb/files.py'),
                                'mgsr_nb.files.cache_dir': ('files.html#cache_dir', 'mgsr_nb/files.py'),
+                               'mgsr_nb.files.cache_id': ('files.html#cache_id', 'mgsr_nb/files.py'),
                                'mgsr_nb.files.copy_notebook': ('files.html#copy_notebook', 'mgsr_nb/files.py'),
                                'mgsr_nb.files.file_digest': ('files.html#file_digest', 'mgsr_nb/files.py'),
                                'mgsr_nb.files.from_here': ('files.html#from_here', 'mgsr_nb/files.py'),

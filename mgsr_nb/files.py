@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VERIFIED', 'project_root', 'notebook', 'from_here', 'copy_notebook', 'write_atomic', 'read_json', 'write_json',
-           'write_csv', 'cache_dir', 'file_digest', 'artefact']
+           'write_csv', 'cache_dir', 'cache_id', 'file_digest', 'artefact']
 
 # %% ../nbs/04_files.ipynb #9fff6649
-import contextlib, csv, hashlib, io, json, os, shutil
+import contextlib, csv, hashlib, io, json, os, shutil, uuid
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Callable
@@ -111,6 +111,18 @@ def _in_cache(folder: str = ""):
         if not str(e.filename or "").startswith(folder): raise
         raise ConfigError(f"MGSR_CACHE: the cache {cache_dir()} cannot be written ({e}); set the "
             "environment variable MGSR_CACHE to a folder of your own") from e
+
+def cache_id() -> str:
+    """A random name that this cache has had since it was first asked for it; empty if it cannot be
+    written. Models that were tuned on another machine are other models: runs of one cache have the
+    same."""
+    path = cache_dir()/"id"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.is_file(): write_atomic(path, uuid.uuid4().hex)
+        return path.read_text(encoding="utf-8")
+    except OSError: return ""
 
 def file_digest(path: Path) -> str:
     "SHA-256 of a file, in hexadecimal."

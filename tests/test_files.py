@@ -1,6 +1,7 @@
 """Files: written whole or not at all."""
 import json, math, os, signal, subprocess, sys
 import pytest
+from mgsr_nb import files
 from mgsr_nb.files import write_atomic, write_csv, write_json
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -31,3 +32,13 @@ def test_json_refuses_what_it_cannot_say(tmp_path, value):
 def test_csv_has_the_union_of_the_columns(tmp_path):
     write_csv(tmp_path / "log.csv", [{"step": 1, "a": 0.5}, {"step": 2, "b": "x,y"}])
     assert (tmp_path / "log.csv").read_text() == 'step,a,b\n1,0.5,\n2,,"x,y"\n'
+
+def test_a_cache_has_one_name_and_another_cache_another(tmp_path, monkeypatch):
+    names = []
+    for folder in ('one', 'one', 'other'):
+        monkeypatch.setenv('MGSR_CACHE', str(tmp_path/folder))
+        names.append(files.cache_id())
+    assert names[0] == names[1] != names[2] and len(names[0]) == 32
+    (tmp_path/'file').write_text('', encoding='utf-8')
+    monkeypatch.setenv('MGSR_CACHE', str(tmp_path/'file'))
+    assert files.cache_id() == ''

@@ -1,4 +1,5 @@
 "The laboratory's study: pairs by seed, the rule, tables that say what the runs hold."
+import json
 import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp
@@ -50,6 +51,17 @@ def test_pairs_are_of_the_same_seed(tmp_path):
     assert better_by_seed(found, 'components', 'scrg', 'nobody', 'exact') == {}
     assert effects_of(found, 'components', [('scrg', 'nobody')]) == []
     assert lab_score(found.runs[0], 'exact', where='lab') == lab_score(found.runs[0], 'exact') + 1
+
+def test_pairs_have_one_teacher(tmp_path):
+    "A teacher that was tuned again on another machine is another one; its student's scores are not compared."
+    write(tmp_path, 'none'), write(tmp_path, 'scrg', exact=5)
+    for cell in ('none', 'scrg'):
+        for k in (0, 1) if cell == 'none' else (1, 2):
+            path = tmp_path/f'components+lab/{cell}/seed{k}/metrics.json'
+            metrics = json.loads(path.read_text())
+            metrics['teacher']['average'] = BASE | dict(nll=BASE['nll'] + .002)
+            write_json(path, metrics)
+    assert list(better_by_seed(read_lab(tmp_path), 'components', 'scrg', 'none', 'exact')) == [1, 3, 4]
 
 def test_tables_hold_every_cell_and_comparison(results):
     table = lab_table(results, 'components').splitlines()

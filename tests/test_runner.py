@@ -17,7 +17,7 @@ TRAIN = """
 import os, time, json
 from pathlib import Path
 from mgsr_nb.run.asked import from_notebook
-from mgsr_nb.files import write_json
+from mgsr_nb.files import cache_id, write_json
 from mgsr_nb.run.folder import finished, open_run
 config = from_notebook(In, globals())
 folder = open_run(config)
@@ -28,7 +28,7 @@ if not finished(folder):
     if config.weight_decay == 0.5 and config.dac_weight == 0: raise ValueError("this cell must fail")
     if config.weight_decay == 0.25 and config.dac_weight == 0: os._exit(3)
     numbers = {"nll": 2.5, "kl": 0.5, "rouge_l": 20.0}
-    write_json(folder/"metrics.json", {"digest": config.digest, "student": {"average": numbers}, "seconds": {"preparation": 50.0, "training": 2.0, "evaluation": 1.0}})
+    write_json(folder/"metrics.json", {"digest": config.digest, "student": {"average": numbers}, "seconds": {"preparation": 50.0, "training": 2.0, "evaluation": 1.0}, "machine": {"cache": cache_id()}})
 """
 
 @pytest.fixture
@@ -39,6 +39,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path/'nbs').mkdir()
     nbformat.write(nb, tmp_path/'nbs'/'train.ipynb')
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('MGSR_CACHE', str(tmp_path/'cache'))
     return tmp_path
 
 def ran(project): return [line.split()[0] for line in (project/'ran.txt').read_text().splitlines()] if (project/'ran.txt').exists() else []
@@ -236,6 +237,18 @@ def test_a_run_that_another_suite_has_is_not_repeated(project, monkeypatch):
     taken = json.loads((project/'runs/second+quickstart/same/seed0/metrics.json').read_text())
     assert taken['taken_from'] == 'first+quickstart/all/seed0' and taken['run_name'] == 'second+quickstart/same/seed0'
     assert taken['student'] == json.loads((project/'runs/first+quickstart/all/seed0/metrics.json').read_text())['student']
+
+def test_a_run_of_another_cache_is_not_taken_over(project, monkeypatch):
+    "Its teacher was tuned elsewhere: it may be another teacher."
+    monkeypatch.setitem(SUITES, 'first', Suite({'all': {}}, 'all', '?'))
+    monkeypatch.setitem(SUITES, 'second', Suite({'same': {}}, 'same', '?'))
+    settings = dict(preset='quickstart', params=dict(max_steps=1), say=lambda text: None)
+    ablate('first', **settings)
+    assert list(plan(jobs_of('second', (0,), 'quickstart', params=dict(max_steps=1))).state) == ['elsewhere']
+    monkeypatch.setenv('MGSR_CACHE', str(project/'another'))
+    assert list(plan(jobs_of('second', (0,), 'quickstart', params=dict(max_steps=1))).state) == ['missing']
+    ablate('second', **settings)
+    assert ran(project) == ['first+quickstart/all/seed0', 'second+quickstart/same/seed0']
 
 def test_time_left_and_steps_from_the_folders(project):
     job = jobs_of('loss_weights', preset='quickstart', params=dict(max_steps=3))[0]

@@ -14,7 +14,7 @@ from typing import Optional
 import torch
 from torch import nn
 from ..config import ConfigError, RunConfig
-from ..files import write_atomic, write_csv, write_json
+from ..files import cache_id, write_atomic, write_csv, write_json
 from ..models import save_model
 from ..evaluation import evaluate
 from .folder import finished, no_false_start, open_run, run_folder, run_name
@@ -70,7 +70,7 @@ def machine(setup: Setup) -> dict:
     device = torch.cuda.get_device_name(a.device) if on_cuda else platform.processor()
     return {"device": device or platform.machine(), "device_type": a.device.type,
         "processes": a.num_processes, "threads": torch.get_num_threads(),
-        "precision": precision_of(a), "torch": torch.__version__,
+        "precision": precision_of(a), "torch": torch.__version__, "cache": cache_id(),
         "transformers": transformers.__version__, "python": platform.python_version()}
 
 def write_results(setup: Setup, folder: Path, start: dict, teacher: dict, end: dict,

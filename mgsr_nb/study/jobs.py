@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 from filelock import FileLock, Timeout
 from ..config import ConfigError, RunConfig, nearest, resolve
-from ..files import project_root, read_json, write_atomic, write_json
+from ..files import cache_id, project_root, read_json, write_atomic, write_json
 from ..run.folder import finished, open_run, recorded_digests, run_folder, run_name, runs_root
 from ..run.command import execute_whole, local_kernel
 from .suites import After, SUITES
@@ -149,9 +149,12 @@ def record_failure(folder: Path, params: dict, error: str, trace: str) -> str:
 
 # %% ../../nbs/48_jobs.ipynb #2e188154
 def finished_runs(root: Path, seed: int | str = "*") -> dict[str, Path]:
-    "The finished runs of all suites in `root`, with one seed or all, by digest."
+    """The finished runs of all suites in `root`, with one seed or all, by digest: those whose
+    teacher and start came from this cache, since another's are other models."""
+    own = cache_id()
     return {digest: done.parent for done in sorted(root.glob(f"*/*/seed{seed}/metrics.json"),
-            reverse=True) for digest in recorded_digests(done.parent)}
+            reverse=True) for digest in recorded_digests(done.parent)
+        if own and read_json(done).get("machine", {}).get("cache") == own}
 
 def take_over(config: RunConfig) -> bool:
     """Whether this run is finished under another name, and its results are copied now; metrics.json

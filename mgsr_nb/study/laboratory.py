@@ -52,13 +52,14 @@ def lab_score(run: Run, score: str, who: str = "student", where: str = "average"
 # %% ../../nbs/56_laboratory.ipynb #1a92cd72
 def better_by_seed(results: Results, suite: str, better: str, worse: str, score: str,
         where: str = "average") -> dict[int, float]:
-    "By how much the first cell is better than the second, whatever the score: {seed: difference}."
+    """By how much the first cell is better than the second, whatever the score: {seed: difference},
+    of the seeds in which both had the same teacher (by its NLL, to 0.001 nats)."""
     cells = results.cells(suite)
-    by_seed = [{r.seed: lab_score(r, score, where=where) for r in cells.get(c, ())}
-        for c in (better, worse)]
-    sign = SCORES[score].better
-    return {s: sign * (by_seed[0][s] - by_seed[1][s]) for s in sorted(by_seed[0])
-        if s in by_seed[1]}
+    one, other = ({r.seed: r for r in cells.get(c, ())} for c in (better, worse))
+    def of(run): return SCORES[score].better * lab_score(run, score, where=where)
+    def teacher(run): return lab_score(run, "nll", "teacher")
+    return {s: of(one[s]) - of(other[s]) for s in sorted(one) if s in other
+        and abs(teacher(one[s]) - teacher(other[s])) < 1e-3}
 
 @dataclass(frozen=True)
 class Effect:
