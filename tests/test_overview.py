@@ -48,8 +48,9 @@ def test_nothing_is_said_of_few_runs_or_without_distinct_2(tmp_path):
 def test_summary_has_a_line_a_suite_with_what_became_of_its_comparisons(tmp_path):
     for cell, shift in (('one', 0.), ('half', -.2), ('no_span', .3)):
         for k in range(5): add(tmp_path, 'loss_weights', cell, k, shift + (cell != 'one') * 1e-3 * k)
-    for cell in ('none', 'phrases'): add(tmp_path, 'spans', cell, 0)
+    for cell, shift in (('none', 0.), ('phrases', .1)):
+        for k in range(5): add(tmp_path, 'spans', cell, k, shift)
     table = summary_table(read_results(tmp_path, SUITES), 'nll').splitlines()
     assert table[0] == '| suite | cells | seeds | better | worse | no difference | better by one metric, worse by another | not resolved |'
-    assert '| `loss_weights` | 3 of 3 | 5 | 1 | 1 | 0 | 0 | 0 |' in table and '| `spans` | 2 of 2 | 1 | 0 | 0 | 0 | 0 | 0 |' in table
-    assert table[-1] == '| all |  |  | 1 | 1 | 0 | 0 | 0 |' and summary_table(read_results(tmp_path/'nothing', SUITES), 'nll') == ''
+    assert '| `loss_weights` | 3 of 3 | 5 | 1 | 1 | 0 | 0 | 0 |' in table and '| `spans` | 2 of 2 | 5 | 0 | 1 | 0 | 0 | 0 |' in table
+    assert table[-1] == '| all |  |  | 1 | 2 | 0 | 0 | 0 |' and summary_table(read_results(tmp_path/'nothing', SUITES), 'nll') == ''

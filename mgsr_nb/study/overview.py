@@ -8,6 +8,7 @@ __all__ = ['ODDITIES', 'GPT2', 'verdict_counts', 'summary_table', 'not_run_sente
 
 # %% ../../nbs/59_overview.ipynb #fb8dbbc2
 import json
+from collections import Counter
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -28,17 +29,17 @@ def verdict_counts(results: Results, suite: str, score: str) -> dict[str, int]:
 def summary_table(results: Results, score: str) -> str:
     """The suites that ran as a Markdown table: cells, seeds, and how their comparisons came out by
     a score; their sum last."""
-    rows, total = [], pd.Series(dtype=int)
+    rows, total = [], Counter()
     for suite in [n for n in results.names if results.cells(n)]:
         seeds = sorted({len(v) for v in results.cells(suite).values()})
         counts = verdict_counts(results, suite, score)
-        total = total.add(pd.Series(counts), fill_value=0)
+        total.update(counts)
         rows.append({"suite": f"`{suite}`",
             "cells": f"{len(results.cells(suite))} of {len(results.described(suite).cells)}",
             "seeds": "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))),
             **{in_words(k): n for k, n in counts.items()}})
     if rows: rows.append({"suite": "all", "cells": "", "seeds": "",
-        **{in_words(k): n for k, n in total.astype(int).items()}})
+        **{in_words(k): total[k] for k in counts}})
     return markdown_table(rows)
 
 def not_run_sentence(results: Results) -> str:
