@@ -122,7 +122,7 @@ def test_equations_and_functions_link_to_each_other(site, pages):
 
 def test_every_picture_says_in_words_what_it_shows(pages):
     shown = {name: page.pictures for name, page in pages.items() if page.pictures}
-    assert len(shown['report.html']) >= 5 and len(shown['details.html']) >= 9 and len(shown['dac_kl.html']) == 5
+    assert len(shown['report.html']) >= 5 and len(shown['details.html']) >= 9 and len(shown['dac_kl.html']) >= 5
     assert not [(name, alt) for name, pictures in shown.items() for alt in pictures if len(alt.split()) < 8]
 
 def test_sidebar_is_in_reading_order(site):
