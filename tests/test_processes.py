@@ -86,9 +86,9 @@ def same_logs(a, b):
             else: assert value == pytest.approx(y[name], rel=1e-5, abs=1e-5), (x["step"], name)
 
 def same_but_rounding(one, two):
-    """Adam divides a gradient by its size: where rewards cancel, what is left is rounding, and moves a weight by a share of the learning
-    rate (1e-3) all the same. So one weight in a thousand may be off by 5 % of that rate, on some CPUs; all others by 1e-5, a hundredth."""
-    assert one.keys() == two.keys()
+    """Adam divides a gradient by its size: where MiniLLM's rewards cancel, what is left is rounding, and moves a weight by a share of the
+    learning rate (1e-3) all the same: one of 7,456 by 1.06e-5, on one CPU. So one in a thousand may be off by 5 % of that rate; all others by 1e-5."""
+    assert one.keys() == two.keys() and one
     far = {name: (one[name] - two[name]).abs() for name in one}
     assert max(d.max().item() for d in far.values()) <= 5e-5
     assert sum((d > 1e-5).sum().item() for d in far.values()) <= sum(d.numel() for d in far.values()) / 1000
@@ -100,7 +100,9 @@ def test_pitfall_36_two_processes_make_the_numbers_of_one(one, two, name, figure
     figure("two processes", f"{name}: largest difference from one process {loss:.1e} in a loss, {weight:.1e} in a weight")
     assert [p.seen(name, 0)["processes"] for p in (one, two)] == [1, 2]
     same_logs(one.log(name), two.log(name))
-    for alone, shared in ((one.weights(name), two.weights(name)), (one.student(name), two.student(name))): same_but_rounding(alone, shared)
+    for alone, shared in ((one.weights(name), two.weights(name)), (one.student(name), two.student(name))):
+        if name == "minillm": same_but_rounding(alone, shared)
+        else: same(alone, shared, rtol=0, atol=1e-5)
     same(two.weights(name, 0), two.weights(name, 1), rtol=0, atol=0)      # what is averaged is averaged for all
     assert name in ("sft", "minillm") or len([n for n in one.weights(name) if "sub_network" in n]) == 4
 

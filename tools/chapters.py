@@ -40,22 +40,21 @@ def place(nb):
 def main(args):
     from mgsr_nb.study.findings import read_findings
     from mgsr_nb.study.laboratory import read_lab
-    from mgsr_nb.study.pages import chapter_figure, chapter_markdown
+    from mgsr_nb.study.pages import chapter_figure
     from mgsr_nb.study.figures import small_png
-    lab, findings, stale = read_lab(ROOT/'runs'), read_findings(ROOT/'runs'), []
+    lab, findings, stale, shown = read_lab(ROOT/'runs'), read_findings(ROOT/'runs'), [], []
     for name, suites in CHAPTERS.items():
         path = NB_DIR/f'{name}.ipynb'
         nb = nbformat.read(path, as_version=4)
         cell, text = place(nb), text_of(suites, lab, findings)
+        shown += [suite for suite in suites if image_of(suite) in text]
         if cell.source == text: continue
         stale.append(path.name)
         cell.source = text
         if '--check' not in args: nbformat.write(nb, path)
     if '--check' in args: return print('made from other runs:', *stale) or 1 if stale else 0
-    for suite in (s for suites in CHAPTERS.values() for s in suites):
-        image = NB_DIR/image_of(suite)
-        image.unlink(missing_ok=True)
-        if chapter_markdown(lab, findings, suite, ''): image.write_bytes(small_png(chapter_figure(lab, suite)))
+    for image in NB_DIR.glob(image_of('*')): image.unlink()
+    for suite in shown: (NB_DIR/image_of(suite)).write_bytes(small_png(chapter_figure(lab, suite)))
     print('chapters:', *(stale or ['up to date']))
 
 
