@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'COLOURS', 'CORRECTION_KEY', 'error_position', 'MaxKL', 'FirstAbove', 'AnyDifference',
-           'corrected_prefix', 'Scores', 'Scorer', 'Revision', 'SCRG', 'correction_html']
+           'corrected_prefix', 'to_rewrite', 'Scores', 'token_keys', 'compare', 'Scorer', 'Revision', 'find_errors',
+           'Round', 'first_of', 'SCRG', 'correction_html']
 
 # %% ../nbs/20_scrg.ipynb #ce88707a
 from dataclasses import dataclass
@@ -48,6 +49,19 @@ def corrected_prefix(response: list[int], j: int, teacher_id: int) -> list[int]:
     "y^s_<j followed by the teacher's token at j (Eq. 4, before re-generation)."
     return response[:j] + [teacher_id]
 
+# %% ../nbs/20_scrg.ipynb #a78f5c2a
+def to_rewrite(pairs: Pairs, position: list[int], teacher_id: list[int], stops: set[int],
+        longest: int) -> tuple[list[list[int]], list[int], list[int]]:
+    """For each response its corrected prefix (all of it at position -1), the tokens of the prompt
+    and before the position, and the tokens left of `longest`."""
+    prefixes = [corrected_prefix(y, j, token) if j >= 0 else y
+        for (_, y), j, token in zip(pairs, position, teacher_id)]
+    kept = [len(x) + (j if j >= 0 else len(y)) for (x, y), j in zip(pairs, position)]
+    # nothing to write where nothing was corrected, or where the teacher stops
+    room = [max(longest - len(y), 0) if j >= 0 and y[-1] not in stops else 0
+        for y, j in zip(prefixes, position)]
+    return prefixes, kept, room
+
 # %% ../nbs/20_scrg.ipynb #4403f63e
 @dataclass
 class Scores:
@@ -67,48 +81,48 @@ class Scores:
 DIRECTIONS = {"student_teacher": reverse_kl, "teacher_student": forward_kl}
 
 # %% ../nbs/20_scrg.ipynb #046270c0
-class Scorer:
-    """Compares student and teacher on the student's text: the KL of `direction`, and the teacher's
-    token (`sample`, one draw, or `greedy`)."""
-    def __init__(self, student: nn.Module, teacher: nn.Module, pad_id: int, vocab: int,
-            direction: str = "student_teacher",
-                 teacher_token: str = "sample", chunk_tokens: int = 256):
-        self.student, self.teacher, self.pad_id, self.vocab = student, teacher, pad_id, vocab
-        self.kl = DIRECTIONS[direction].from_log_probs
-        self.greedy = teacher_token == "greedy"
-        self.chunk_tokens = chunk_tokens
+def token_keys(pairs: Pairs, keys: Sequence[tuple], device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of N response tokens in a row: the start of their response's noise (none without `keys`),
+    their place in the response, their id."""
+    lengths = [len(y) for _, y in pairs]
+    starts = starts_of([key for key, n in zip(keys, lengths) for _ in range(n)], device)
+    at = torch.tensor([i for n in lengths for i in range(n)], device=device)
+    return starts, at, torch.tensor([i for _, y in pairs for i in y], dtype=torch.long,
+        device=device)
 
+def compare(log_q: Tensor, log_p: Tensor, starts: Tensor, at: Tensor, ids: Tensor, kl: Callable,
+        greedy: bool) -> tuple[Tensor, ...]:
+    "From (n, V): `kl`, the teacher's token, both log-probabilities of the student's, each (n,)."
+    teacher_ids = (log_p.argmax(-1) if greedy or not len(starts)
+        else draw_tokens(log_p, noise(starts, at, log_p.shape[-1])))
+    return kl(log_q, log_p), teacher_ids, *(x.gather(-1, ids[:, None]).squeeze(-1)
+        for x in (log_q, log_p))
+
+# %% ../nbs/20_scrg.ipynb #7b8b5119
+class Scorer:
+    "Compares both on the student's text: KL of `direction`, teacher's token (drawn, or `greedy`)."
+    def __init__(self, student: nn.Module, teacher: nn.Module, pad_id: int, vocab: int,
+            direction="student_teacher", teacher_token="sample", chunk_tokens: int = 256):
+        self.models, self.pad_id, self.vocab, self.chunk_tokens = ((student, teacher), pad_id,
+            vocab, chunk_tokens)
+        self.kl, self.greedy = DIRECTIONS[direction].from_log_probs, teacher_token == "greedy"
     def read(self, pairs: Pairs) -> tuple[Reading, Reading]:
         "Both models' readings of the pairs, student first."
-        return tuple(Reading(m, [x + y for x, y in pairs], self.pad_id)
-            for m in (self.student, self.teacher))
-
-    def __call__(self, pairs: Pairs, keys: Sequence[tuple],
-            readings: Optional[tuple[Reading, Reading]] = None) -> Scores:
-        """`Scores` of the pairs, from their `readings`; the teacher's draws for pair b are
-        the `noise` of `keys[b]`. No keys: no draws, the teacher's best tokens."""
-        readings = readings or self.read(pairs)
-        prompts = [len(x) for x, _ in pairs]
-        lengths = [len(y) for _, y in pairs]
-        device = readings[0].device
-        starts = starts_of([key for key, n in zip(keys, lengths) for _ in range(n)], device)
-        at = torch.tensor([i for n in lengths for i in range(n)], device=device)
-        ids = torch.tensor([i for _, y in pairs for i in y], dtype=torch.long, device=device)
-        hidden = [r.predicting(prompts, lengths) for r in readings]
-        part = lambda x, a: x[a:a + self.chunk_tokens]
-        with torch.no_grad():
-            found = [self._chunk(*(part(x, a) for x in (*hidden, ids, starts, at)))
-                for a in range(0, max(len(ids), 1), self.chunk_tokens)]
+        return tuple(Reading(m, [x + y for x, y in pairs], self.pad_id) for m in self.models)
+    @torch.no_grad()
+    def __call__(self, pairs: Pairs, keys: Sequence[tuple], readings=None) -> Scores:
+        """`Scores` of the pairs, from their `readings` (None: read here); the teacher's draws for
+        pair b are the `noise` of `keys[b]`. No keys: no draws, the teacher's best tokens."""
+        lengths, readings = [len(y) for _, y in pairs], readings or self.read(pairs)
+        hidden = [r.predicting([len(x) for x, _ in pairs], lengths) for r in readings]
+        tokens, found = token_keys(pairs, keys, readings[0].device), []
+        for a in range(0, max(sum(lengths), 1), self.chunk_tokens):
+            part = slice(a, a + self.chunk_tokens)
+            logs = (log_probs(head_logits(m, h[part], self.vocab))
+                for m, h in zip(self.models, hidden))
+            found.append(compare(*logs, *(x[part] for x in tokens), self.kl, self.greedy))
         kl, teacher_ids, log_q, log_p = (torch.cat(column) for column in zip(*found))
-        return Scores(kl, teacher_ids, ids, log_q, log_p, lengths)
-
-    def _chunk(self, student_hidden, teacher_hidden, ids, starts, at):
-        log_q = log_probs(head_logits(self.student, student_hidden, self.vocab))
-        log_p = log_probs(head_logits(self.teacher, teacher_hidden, self.vocab))
-        teacher_ids = (log_p.argmax(-1) if self.greedy or not len(starts)
-            else draw_tokens(log_p, noise(starts, at, self.vocab)))
-        return self.kl(log_q, log_p), teacher_ids, *(x.gather(-1, ids[:, None]).squeeze(-1)
-            for x in (log_q, log_p))
+        return Scores(kl, teacher_ids, tokens[-1], log_q, log_p, lengths)
 
 # %% ../nbs/20_scrg.ipynb #21d1d24b
 @dataclass
@@ -125,14 +139,6 @@ class Revision:
     # (N, H) of the new texts' tokens: the teacher has read them
     teacher_hidden: Optional[Tensor] = None
 
-    def followed_by(self, later: "Revision") -> "Revision":
-        "The texts of `later`, and for each response the first correction of the two."
-        pick = lambda name: [getattr(self if j >= 0 else later, name)[b]
-            for b, j in enumerate(self.position)]
-        return Revision(later.pairs, *(pick(name)
-                for name in ("position", "kl", "student_id", "teacher_id", "rest_log_p")),
-            later.teacher_hidden)
-
     def summary(self) -> dict[str, float]:
         """Share of corrected responses, mean position of the first correction (tokens), mean KL
         there (nats)."""
@@ -140,65 +146,77 @@ class Revision:
         mean = lambda values: sum(values) / len(values) if values else 0.
         return {"scrg_corrected": len(found) / max(len(self.position), 1),
             "scrg_position": mean([self.position[b] for b in found]),
-                "scrg_kl": mean([self.kl[b] for b in found])}
+            "scrg_kl": mean([self.kl[b] for b in found])}
+
+# %% ../nbs/20_scrg.ipynb #e0aa7747
+def find_errors(scores: Scores, detect: Callable, keys: Sequence[tuple]) -> tuple[list, ...]:
+    """Of each response: position (-1: none), KL there, student's and teacher's token, and the
+    teacher's mean log-probability behind it (NaN: nothing is). `detect` ranks the positions."""
+    # padding has equal ids, so it never differs
+    kl, student, teacher, log_p = (scores.padded(name)
+        for name in ("kl", "student_ids", "teacher_ids", "log_p"))
+    u = noise(starts_of(keys, kl.device), 0, kl.shape[-1])
+    j = error_position(detect(kl, u), student, teacher)
+    at = lambda t: t.gather(-1, j.clamp(min=0)[:, None]).squeeze(-1).double()
+    behind = torch.tensor(scores.lengths, device=j.device) - 1 - j
+    # 0 / 0 where nothing is behind
+    rest = (log_p * (torch.arange(kl.shape[-1], device=j.device) > j[:, None])).sum(-1) / behind
+    columns = torch.stack([j.double(), at(kl), at(student), at(teacher),
+        torch.where(j >= 0, rest, torch.nan).double()]).tolist()
+    whole = lambda column: [int(x) for x in column]
+    return whole(columns[0]), columns[1], whole(columns[2]), whole(columns[3]), columns[4]
 
 # %% ../nbs/20_scrg.ipynb #d5321ddd
+class Round:
+    "One correction: find the errors, put the teacher's tokens there, re-generate (Eq. 3, 4)."
+    def __init__(self, scorer: Scorer, sample: Callable, stops: Sequence[int], seed: int,
+            max_new_tokens: int, detect: Callable):
+        self.scorer, self.sample, self.stops, self.seed = scorer, sample, set(stops), seed
+        self.max_new_tokens, self.detect = max_new_tokens, detect
+
+    def __call__(self, step: int, turn: int, pairs: Pairs, rows: Sequence[int], student: Reading,
+            teacher: Reading) -> Revision:
+        "The `turn`-th revision of the pairs; the student's reading is used up by writing."
+        key = lambda what: [(self.seed, what, *place, turn) for place in places(step, rows)]
+        scores = self.scorer(pairs, key("teacher"), (student, teacher))
+        position, *found = find_errors(scores, self.detect, key("detect"))
+        prefixes, kept, room = to_rewrite(pairs, position, found[2], self.stops,
+            self.max_new_tokens)
+        student.cut(kept)
+        rest = self.sample([x + y for (x, _), y in zip(pairs, prefixes)], key("rewrite"), room,
+            student)
+        revised = [(x, y + z) for (x, _), y, z in zip(pairs, prefixes, rest)]
+        teacher.replace(kept, [(x + y)[k:] for (x, y), k in zip(revised, kept)])
+        return Revision(revised, position, *found)
+
+# %% ../nbs/20_scrg.ipynb #d4208e21
+def first_of(first: Revision, later: Revision) -> Revision:
+    "The texts of `later`, and of each response the first correction of the two."
+    pick = lambda name: [getattr(first if j >= 0 else later, name)[b]
+        for b, j in enumerate(first.position)]
+    return Revision(later.pairs, *(pick(name)
+        for name in ("position", "kl", "student_id", "teacher_id", "rest_log_p")))
+
+# %% ../nbs/20_scrg.ipynb #6d24800d
 class SCRG:
     """Revises student-written pairs: `scorer` reads them, `detect` ranks the positions,
-    `sample(prompts, keys, limits, past)` re-generates (Eq. 3, 4)."""
+    `sample(prompts, keys, limits, past)` re-generates; `corrections` rounds of it."""
     def __init__(self, scorer: Scorer, sample: Callable, stops: Sequence[int], seed: int,
             max_new_tokens: int, corrections: int = 1, detect: Callable = MaxKL()):
-        self.scorer, self.sample, self.stops, self.seed = scorer, sample, set(stops), seed
-        self.max_new_tokens, self.corrections, self.detect = max_new_tokens, corrections, detect
+        self.round = Round(scorer, sample, stops, seed, max_new_tokens, detect)
+        self.scorer, self.corrections = scorer, corrections
 
     def __call__(self, step: int, pairs: Pairs, rows: Sequence[int]) -> Revision:
         "The revision of the pairs that are `rows` of the global batch of `step` (see `places`)."
         student, teacher = self.scorer.read(pairs)
-        first = self._once(step, 0, pairs, rows, student, teacher)
+        first = self.round(step, 0, pairs, rows, student, teacher)
         for turn in range(1, self.corrections):
-            # the last one was used up by writing
-            student = Reading(self.scorer.student, [x + y for x, y in first.pairs],
+            student = Reading(self.scorer.models[0], [x + y for x, y in first.pairs],
                 self.scorer.pad_id)
-            first = first.followed_by(self._once(step, turn, first.pairs, rows, student, teacher))
+            first = first_of(first, self.round(step, turn, first.pairs, rows, student, teacher))
         first.teacher_hidden = teacher.predicting([len(x) for x, _ in first.pairs],
             [len(y) for _, y in first.pairs])
         return first
-
-    def _once(self, step: int, turn: int, pairs: Pairs, rows: Sequence[int], student: Reading,
-            teacher: Reading) -> Revision:
-        key = lambda what: [(self.seed, what, *place, turn) for place in places(step, rows)]
-        j, kl, student_id, teacher_id, rest_log_p = self._detect(self.scorer(pairs, key("teacher"),
-                (student, teacher)), key("detect"))
-        prefixes = [corrected_prefix(y, j[b], teacher_id[b]) if j[b] >= 0 else y
-            for b, (_, y) in enumerate(pairs)]
-        # nothing to write where nothing was corrected, or where the teacher stops
-        room = [self.max_new_tokens - len(y) if j[b] >= 0 and y[-1] not in self.stops else 0
-            for b, y in enumerate(prefixes)]
-        # of the whole text
-        kept = [len(x) + (j[b] if j[b] >= 0 else len(y)) for b, (x, y) in enumerate(pairs)]
-        student.cut(kept)
-        rest = self.sample([x + y for (x, _), y in zip(pairs, prefixes)], key("rewrite"),
-            [max(r, 0) for r in room], student)
-        revised = [(x, y + z) for (x, _), y, z in zip(pairs, prefixes, rest)]
-        teacher.replace(kept, [(x + y)[k:] for (x, y), k in zip(revised, kept)])
-        return Revision(revised, j, kl, student_id, teacher_id, rest_log_p)
-
-    def _detect(self, scores: Scores, keys: Sequence[tuple]):
-        """Position, KL, student's and teacher's token, and the mean log p behind the position, for
-        each response; one transfer from the device."""
-        # padding has equal ids, so it never differs
-        kl, student, teacher, log_p = (scores.padded(name)
-            for name in ("kl", "student_ids", "teacher_ids", "log_p"))
-        u = noise(starts_of(keys, kl.device), 0, kl.shape[-1])
-        j = error_position(self.detect(kl, u), student, teacher)
-        at = lambda t: t.gather(-1, j.clamp(min=0)[:, None]).squeeze(-1).double()
-        behind = torch.tensor(scores.lengths, device=j.device) - 1 - j
-        # 0 / 0 where nothing is behind
-        rest = (log_p * (torch.arange(kl.shape[-1], device=j.device) > j[:, None])).sum(-1) / behind
-        columns = torch.stack([j.double(), at(kl), at(student), at(teacher),
-                torch.where(j >= 0, rest, torch.nan).double()]).tolist()
-        return [[int(i) for i in columns[0]], columns[1],
-            *([int(i) for i in ids] for ids in columns[2:4]), columns[4]]
 
 # %% ../nbs/20_scrg.ipynb #8e7f52ab
 # on a light ground, and on a dark one
@@ -214,6 +232,7 @@ CORRECTION_KEY = (f"<p><i>{_coloured('the student: thrown away', 'red')}, its wo
     f"<u>underlined</u>; {_coloured('the teacher&#39;s token', 'green', 'font-weight:bold')}; "
                   f"{_coloured('written anew by the student', 'blue')}</i></p>")
 
+# %% ../nbs/20_scrg.ipynb #14b3a154
 def correction_html(tokenizer, before: list[int], revision: Revision, b: int = 0,
         prompt: str = "") -> str:
     """The correction of response `b`, which was `before`, as coloured HTML (`CORRECTION_KEY`), with

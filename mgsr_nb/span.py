@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'SPAN_KINDS', 'RELATIONS', 'split_words', 'phrase_spans', 'parsed_phrases', 'phrase_chunker', 'response_text',
-           'token_offsets', 'align_spans', 'scatter', 'special_ids', 'text_runs', 'SpanFinder', 'hadamard', 'pairs',
-           'cosine', 'outer', 'relation_of', 'span_distance', 'span_loss', 'pair_weights']
+           'token_offsets', 'align_spans', 'scatter', 'special_ids', 'text_runs', 'phrase_tokens', 'spans_of',
+           'SpanFinder', 'hadamard', 'pairs', 'cosine', 'outer', 'relation_of', 'span_distance', 'span_loss',
+           'pair_weights']
 
 # %% ../nbs/15_span.ipynb #2296160b
 import random, re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 import torch
 from textblob.en import parse
 from torch import Tensor
@@ -182,7 +183,24 @@ def text_runs(ids: Sequence[int], special: set[int]) -> list[tuple[int, int]]:
     return [(a + 1, b) for a, b in zip(borders, borders[1:]) if b > a + 1]
 
 # %% ../nbs/15_span.ipynb #adfa6f33
+def phrase_tokens(ids: Sequence[int], tokenizer, chunker: Callable = phrase_spans
+        ) -> list[tuple[int, int]]:
+    "Token intervals (first, stop) of the phrases that `chunker` finds in the text of ids."
+    return align_spans(chunker(response_text(ids, tokenizer)), token_offsets(ids, tokenizer))
+
+# %% ../nbs/15_span.ipynb #46c75daa
 SPAN_KINDS = ("phrases", "fixed", "random", "whole")
+
+def spans_of(ids: tuple[int, ...], kind: str, phrases: Callable, length: int = 4,
+        seed: int = 0) -> list[tuple[int, int]]:
+    """Token spans (first, stop) of ids without special tokens; `phrases(ids)` finds those of its
+    phrases, `length` is that of fixed ones, in tokens."""
+    n = len(ids)
+    if kind == "whole": return [(0, n)]
+    if kind == "fixed": return [(a, min(a + length, n)) for a in range(0, n, length)]
+    spans = phrases(ids)
+    if kind == "phrases": return spans
+    return scatter([b - a for a, b in spans], n, random.Random(f"{seed}/{ids}"))
 
 # %% ../nbs/15_span.ipynb #d4d5569a
 class SpanFinder:
@@ -192,11 +210,10 @@ class SpanFinder:
         if kind not in SPAN_KINDS:
             raise ValueError(f"spans: {kind!r} is unknown; allowed: {', '.join(SPAN_KINDS)}")
         if length < 1: raise ValueError(f"span length: {length}; allowed: at least 1")
-        self.tokenizer, self.kind, self.length, self.seed = tokenizer, kind, length, seed
-        self.phrases = phrase_chunker(chunker)
+        self.kind, self.length, self.seed = kind, length, seed
+        self.phrases = partial(phrase_tokens, tokenizer=tokenizer, chunker=phrase_chunker(chunker))
         self.special = special_ids(tokenizer)
-        self.cache = OrderedDict()
-        self.cache_size = cache_size
+        self.cache, self.cache_size = OrderedDict(), cache_size
 
     def __call__(self, response_ids: Sequence[int]) -> list[tuple[int, int]]:
         key = tuple(response_ids)
@@ -206,20 +223,8 @@ class SpanFinder:
         return list(self.cache[key])
 
     def _find(self, ids: tuple[int, ...]) -> list[tuple[int, int]]:
-        runs = text_runs(ids, self.special)
-        return [(first + a, first + b) for first, stop in runs
-            for a, b in self._in_run(ids[first:stop])]
-
-    def _in_run(self, ids: tuple[int, ...]) -> list[tuple[int, int]]:
-        "Spans of a stretch without special tokens."
-        n = len(ids)
-        if self.kind == "whole": return [(0, n)]
-        if self.kind == "fixed":
-            return [(a, min(a + self.length, n)) for a in range(0, n, self.length)]
-        spans = align_spans(self.phrases(response_text(ids, self.tokenizer)),
-            token_offsets(ids, self.tokenizer))
-        if self.kind == "phrases": return spans
-        return scatter([b - a for a, b in spans], n, random.Random(f"{self.seed}/{ids}"))
+        return [(first + a, first + b) for first, stop in text_runs(ids, self.special)
+            for a, b in spans_of(ids[first:stop], self.kind, self.phrases, self.length, self.seed)]
 
 # %% ../nbs/15_span.ipynb #bd1f6686
 def hadamard(q: Tensor, next_q: Tensor, p: Tensor, next_p: Tensor) -> Tensor:

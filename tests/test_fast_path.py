@@ -34,13 +34,13 @@ def slow(monkeypatch):
         text, notes = look_at(self, *args)
         return Distilled(text.pairs, None, text.policy, text.corrected), notes      # the teacher reads the revised text again
     monkeypatch.setattr(Writer, "look_at", forget)
-    once = scrg.SCRG._once
+    once = scrg.Round.__call__
     def from_the_start(self, *args):
         sample = self.sample
         self.sample = lambda prompts, keys, limits, past: sample(prompts, keys, limits)      # the student reads the kept text again
         try: return once(self, *args)
         finally: self.sample = sample
-    monkeypatch.setattr(scrg.SCRG, "_once", from_the_start)
+    monkeypatch.setattr(scrg.Round, "__call__", from_the_start)
     monkeypatch.setattr(R.step, "by_length", lambda pairs, size, number: [list(range(len(pairs)))[a:a + size] for a in range(0, number * size, size)])
 
 @pytest.fixture(scope="module")

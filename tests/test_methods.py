@@ -113,10 +113,10 @@ def test_without_a_threshold_nothing_is_ever_sampled_and_late_steps_write_less()
 def test_the_threshold_rises_only_with_a_loss_well_above_the_reference():
     off = OffPolicy(None, 0, 10, 1)
     seen = []
-    for loss in (3.0, 3.09, 2.0, 3.11, 3.2, 3.22): off.validated(loss); seen.append((round(off.threshold, 1), off.reference))
+    for loss in (3.0, 3.09, 2.0, 3.11, 3.2, 3.22): off.validated(loss); seen.append((round(off.threshold.phi, 1), off.threshold.reference))
     assert seen == [(0.0, 3.0), (0.0, 3.0), (0.0, 3.0), (0.1, 3.11), (0.1, 3.11), (0.2, 3.22)]
     for loss in range(10, 40): off.validated(float(loss))
-    assert off.threshold == 1.0
+    assert off.threshold.phi == 1.0
 
 def test_replayed_rows_are_split_over_processes_like_one_process():
     off, _ = schedule(1.0, 30)

@@ -54,7 +54,7 @@ def detected(detect, kl, student_ids, teacher_ids, u=None):
 
 def test_max_kl_is_eq_3_and_what_an_scrg_does_unless_told():
     for kl in (KL, torch.stack([KL, -KL])): assert torch.equal(MaxKL()(kl, torch.rand(kl.shape)), kl)
-    assert isinstance(SCRG(None, None, [EOS], 0, 6).detect, MaxKL) and RunConfig().scrg_detect == "max_kl"
+    assert isinstance(SCRG(None, None, [EOS], 0, 6).round.detect, MaxKL) and RunConfig().scrg_detect == "max_kl"
 
 def test_the_first_position_above_a_threshold():
     student, teacher = [7, 8, 4, 2], [7, 9, 5, 3]
@@ -89,7 +89,7 @@ class Given:
     """A scorer that says what it is told, and a writer that always writes 90, 91, ... up to its limit; both remember what they were asked.
 
     A turn is (KL, teacher's ids) or (KL, teacher's ids, the teacher's log-probabilities). The readings are real, of a model of no importance."""
-    student = teacher = tiny_model("gpt2", 1, vocab=100)
+    models = (tiny_model("gpt2", 1, vocab=100),) * 2
     pad_id, read = PAD, Scorer.read
     def __init__(self, *turns):
         self.turns, self.scored, self.wrote = list(turns), [], []
@@ -439,11 +439,11 @@ def test_a_revision_under_autocast_is_finite_and_close():
 
 def recorded(scrg):
     "What the `SCRG` asks to be written, and gets, turn by turn: (texts to go on with, limits, what was written)."
-    turns, sample = [], scrg.sample
+    turns, sample = [], scrg.round.sample
     def watched(prompts, keys, limits, past):
         turns.append((prompts, limits, sample(prompts, keys, limits, past)))
         return turns[-1][2]
-    scrg.sample = watched
+    scrg.round.sample = watched
     return turns
 
 def new_tokens(text, prompt, rest):

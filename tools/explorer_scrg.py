@@ -33,7 +33,7 @@ def explained(scorer, sample, stops, decode, prompt, response, name):
     pairs = [(prompt, response)]
     scores = scorer(pairs, [('explorer', 'teacher', name)])
     hidden = [r.predicting([len(prompt)], [len(response)]) for r in scorer.read(pairs)]
-    log_q, log_p = (log_probs(head_logits(m, h, scorer.vocab)) for m, h in zip((scorer.student, scorer.teacher), hidden))
+    log_q, log_p = (log_probs(head_logits(m, h, scorer.vocab)) for m, h in zip(scorer.models, hidden))
     kl = {direction: short(f.from_log_probs(log_q, log_p).tolist()) for direction, f in DIRECTIONS.items()}
     drawn, places = scores.teacher_ids.tolist(), []
     prefixes = {i: corrected_prefix(response, i, theirs) for i, (mine, theirs) in enumerate(zip(response, drawn)) if mine != theirs}
@@ -58,7 +58,7 @@ def rewritten(scorer, sample, stops, decode, prompt, response, prefixes, name):
     rests = sample(starts, [('explorer', 'rewrite', name, i, k % REWRITES) for k, i in enumerate(places)], rooms, student)
     teacher.replace([len(x) - 1 for x in starts], [x[-1:] + y for x, y in zip(starts, rests)])
     states, found = teacher.predicting([len(x) for x in starts], [len(y) for y in rests]), {}
-    log_p = log_probs(head_logits(scorer.teacher, states, scorer.vocab)).gather(-1, torch.tensor([i for y in rests for i in y], dtype=torch.long)[:, None])
+    log_p = log_probs(head_logits(scorer.models[1], states, scorer.vocab)).gather(-1, torch.tensor([i for y in rests for i in y], dtype=torch.long)[:, None])
     for i, rest, said in zip(places, rests, log_p[:, 0].split([len(y) for y in rests])): found.setdefault(i, []).append([decode(rest), mean(said.tolist())])
     return found
 

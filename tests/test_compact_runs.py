@@ -1,0 +1,46 @@
+"What is committed of a run: six digits, the texts of one seed, no weights, and no more than a reader can load."
+import json, sys
+from pathlib import Path
+import pytest
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT/'tools'))
+import compact_runs
+
+def a_run(folder, number=0.123456789):
+    folder.mkdir(parents=True)
+    (folder/'config.json').write_text('{"learning_rate": 0.0020000001}', encoding='utf-8')
+    (folder/'log.csv').write_text(f'step,loss,seconds,text\n10,{number},,"a, b"\n-20,1e-09,nan,\n', encoding='utf-8')
+    (folder/'metrics.json').write_text(json.dumps({'steps': 1234567, 'test': {'nll': number, 'each': [number, 2, None, 'ü'], 'done': True}}), encoding='utf-8')
+    (folder/'samples.jsonl').write_text('{}\n', encoding='utf-8')
+    (folder/'model.safetensors').write_text('weights', encoding='utf-8')
+    return folder
+
+def test_numbers_keep_six_digits_and_all_else_stays(tmp_path):
+    run, out = a_run(tmp_path/'suite/cell/seed0'), tmp_path/'out'
+    compact_runs.compact(run, out)
+    assert json.loads((out/'metrics.json').read_text('utf-8')) == {'steps': 1234567, 'test': {'nll': 0.123457, 'each': [0.123457, 2, None, 'ü'], 'done': True}}
+    assert (out/'log.csv').read_text('utf-8') == 'step,loss,seconds,text\n10,0.123457,,"a, b"\n-20,1e-09,nan,\n'
+    assert (out/'config.json').read_bytes() == (run/'config.json').read_bytes()
+    assert sorted(p.name for p in out.iterdir()) == ['config.json', 'log.csv', 'metrics.json', 'samples.jsonl']
+
+def test_texts_are_kept_of_one_seed_and_a_second_time_changes_nothing(tmp_path):
+    for seed in (0, 1): a_run(tmp_path/f'suite/cell/seed{seed}')
+    files = lambda: {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    for _ in range(2):
+        for seed in (0, 1): compact_runs.compact(*[tmp_path/f'suite/cell/seed{seed}']*2)
+        assert (tmp_path/'suite/cell/seed0/samples.jsonl').exists() and not (tmp_path/'suite/cell/seed1/samples.jsonl').exists()
+        before = files()
+    assert files() == before
+
+def test_only_finished_runs_are_brought(tmp_path, monkeypatch, capsys):
+    a_run(tmp_path/'suite/cell/seed0')
+    (a_run(tmp_path/'suite/cell/seed1')/'metrics.json').unlink()
+    monkeypatch.setattr(sys, 'argv', ['compact_runs.py', str(tmp_path/'suite'), '--to', str(tmp_path/'runs')])
+    compact_runs.main()
+    assert capsys.readouterr().out == 'suite: 1 runs\n' and [p.name for p in (tmp_path/'runs/suite/cell').iterdir()] == ['seed0']
+
+def test_the_laboratorys_runs_are_many_and_small():
+    runs = [p.parent for p in (ROOT/'runs').glob('*+lab/*/seed*/metrics.json')]
+    sizes = [sum(p.stat().st_size for p in run.iterdir() if p.is_file()) for run in runs]
+    assert len(runs) >= 300 and sum(sizes) <= 15e6, (len(runs), sum(sizes))
+    assert not any(p.suffix in ('.safetensors', '.bin', '.pt') for run in runs for p in run.iterdir())

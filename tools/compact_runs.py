@@ -1,0 +1,57 @@
+"""Make finished runs small enough to be committed: six digits of every number, texts of one seed only, nothing else.
+
+    python tools/compact_runs.py runs/readings+lab                         # in place
+    python tools/compact_runs.py OTHER/runs/readings+lab --to runs         # bring a suite from another checkout
+
+Of a run go along config.json, log.csv, metrics.json and, for seed 0, samples.jsonl. Only finished runs are taken: those with metrics.json.
+"""
+import argparse, csv, io, json, shutil
+from pathlib import Path
+
+KEPT, TEXTS = ('config.json', 'log.csv', 'metrics.json'), 'samples.jsonl'
+
+
+def short(x):
+    "A number, or everything in it, to six digits."
+    if isinstance(x, float): return float(f'{x:.6g}')
+    if isinstance(x, dict): return {key: short(value) for key, value in x.items()}
+    return [short(value) for value in x] if isinstance(x, list) else x
+
+
+def short_cell(text):
+    "A cell of a table; what is no number stays as it is."
+    try: return text if text.lstrip('-').isdigit() else repr(short(float(text)))
+    except ValueError: return text
+
+
+def short_table(text):
+    out = io.StringIO()
+    csv.writer(out, lineterminator='\n').writerows([short_cell(cell) for cell in row] for row in csv.reader(io.StringIO(text)))
+    return out.getvalue()
+
+
+def compact(run, target):
+    "Write the small form of the run in folder `run` to `target`, which may be the same folder."
+    target.mkdir(parents=True, exist_ok=True)
+    for name in KEPT[:2] + (TEXTS,)*(run.name == 'seed0' and (run/TEXTS).exists()):
+        if run != target: shutil.copyfile(run/name, target/name)
+    (target/'log.csv').write_text(short_table((run/'log.csv').read_text(encoding='utf-8')), encoding='utf-8')
+    metrics = json.loads((run/'metrics.json').read_text(encoding='utf-8'))
+    # a line for each part, so that a difference can be read
+    parts = ',\n'.join(f'{json.dumps(key)}: {json.dumps(short(value), ensure_ascii=False)}' for key, value in metrics.items())
+    (target/'metrics.json').write_text('{' + parts + '}\n', encoding='utf-8')
+    if run.name != 'seed0': (target/TEXTS).unlink(missing_ok=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('suites', nargs='+', type=Path, help='folders of suites')
+    parser.add_argument('--to', type=Path, help='the runs folder to write to (default: in place)')
+    o = parser.parse_args()
+    for suite in o.suites:
+        runs = sorted(p.parent for p in suite.glob('*/seed*/metrics.json'))
+        for run in runs: compact(run, o.to/suite.name/run.parent.name/run.name if o.to else run)
+        print(f'{suite.name}: {len(runs)} runs')
+
+
+if __name__ == '__main__': main()
