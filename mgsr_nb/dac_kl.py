@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'TARGETS', 'REMAINDERS', 'CLASSES', 'quantile_interval', 'limit_gradient', 'SoftBand', 'clip_mask',
-           'class_weights', 'log_mass', 'renormalised_kl', 'rest_term', 'subset_kl', 'weighted_kl', 'sub_features',
+           'class_weights', 'log_mass', 'renormalised_kl', 'rest_term', 'weighted_kl', 'subset_kl', 'sub_features',
            'limits_mlp', 'SubNetwork', 'Clip', 'LearnedClip', 'FixedClip', 'TopFraction', 'NoClip', 'diagnose', 'DACKL']
 
 # %% ../nbs/14_dac_kl.ipynb #39f6ec40
@@ -137,6 +137,17 @@ def rest_term(log_q: Tensor, log_p: Tensor, rest: Tensor) -> Tensor:
     rest_p, rest_q = log_mass(log_p, rest), log_mass(log_q, rest)
     return rest_p.exp() * (rest_p - rest_q)
 
+# %% ../nbs/14_dac_kl.ipynb #ce48f32d
+def weighted_kl(log_q: Tensor, log_p: Tensor, weight: Tensor, remainder: str = 'as_printed',
+        p: Tensor | None = None) -> Tensor:
+    "`subset_kl` from the weights: (N, V) three times -> (N,) nats; `p`: exp(log_p), if at hand."
+    _one_of('remainder', remainder, REMAINDERS)
+    if remainder == 'renormalise': return renormalised_kl(log_q, log_p, weight)
+    if remainder == 'bucket': weight = weight.clamp(max=1)
+    # in this order the gradient of q needs no change of sign
+    kept = -(weight * (log_p.exp() if p is None else p) * (log_q - log_p)).sum(-1)
+    return kept + rest_term(log_q, log_p, 1 - weight) if remainder == 'bucket' else kept
+
 # %% ../nbs/14_dac_kl.ipynb #a3392788
 def subset_kl(log_q: Tensor,                   # (N, V) student log-probabilities, finite
               log_p: Tensor,                   # (N, V) teacher log-probabilities, finite
@@ -148,16 +159,6 @@ def subset_kl(log_q: Tensor,                   # (N, V) student log-probabilitie
     an unknown option."""
     log_q, log_p = at_least_float32(log_q), at_least_float32(log_p)
     return weighted_kl(log_q, log_p, class_weights(log_p, mask.to(log_p.dtype), target), remainder)
-
-def weighted_kl(log_q: Tensor, log_p: Tensor, weight: Tensor, remainder: str = 'as_printed',
-        p: Tensor | None = None) -> Tensor:
-    "`subset_kl` from the weights: (N, V) three times -> (N,) nats; `p`: exp(log_p), if at hand."
-    _one_of('remainder', remainder, REMAINDERS)
-    if remainder == 'renormalise': return renormalised_kl(log_q, log_p, weight)
-    if remainder == 'bucket': weight = weight.clamp(max=1)
-    # in this order the gradient of q needs no change of sign
-    kept = -(weight * (log_p.exp() if p is None else p) * (log_q - log_p)).sum(-1)
-    return kept + rest_term(log_q, log_p, 1 - weight) if remainder == 'bucket' else kept
 
 # %% ../nbs/14_dac_kl.ipynb #2782e0bb
 def sub_features(q: Tensor, p: Tensor, k: int | None = None) -> Tensor:

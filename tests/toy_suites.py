@@ -18,6 +18,7 @@ class Suite:
     reference: str
     question: str = 'Does it matter?'
     claims: tuple = ()
+    against_reference: bool = True
 
 def cells(*names): return dict.fromkeys(names, {})
 

@@ -72,6 +72,7 @@ class Undescribed:
     reference: str
     question: str = ""
     claims: tuple = ()
+    against_reference: bool = True
 
 class Results:
     "All `runs` below a folder, and the `suites` {name: Suite} that say what they are."
@@ -192,7 +193,7 @@ def _toy_set(nll, kl, rouge_l, tokens) -> dict:
 
 # %% ../../nbs/52_records.ipynb #12dda34b
 TOY = {"toy": SimpleNamespace(cells={"a": {}, "b": {}}, reference="a",
-    question="Is b better than a?",
+    question="Is b better than a?", against_reference=True,
     claims=(SimpleNamespace(text="b, rather than a", better="b", worse="a", source="nowhere"),))}
 
 def toy_results(shift: float = 0.25, seeds: int = 3) -> Results:

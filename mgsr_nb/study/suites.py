@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'loss_weights', 'fixed_clipping', 'components', 'sampling', 'dac_parts', 'divergences', 'baselines',
-           'corrections', 'f_sub', 'spans', 'capacity', 'temperature', 'readings', 'relatives', 'POWERS', 'alpha_beta',
-           'STUDENTS', 'sizes', 'STEPS', 'updates', 'SUITES', 'After', 'Claim', 'Suite', 'learned_means']
+           'corrections', 'f_sub', 'spans', 'capacity', 'TEMPERATURES', 'temperature', 'readings', 'relatives',
+           'POWERS', 'alpha_beta', 'STUDENTS', 'sizes', 'STEPS', 'updates', 'longer', 'SUITES', 'After', 'Claim',
+           'Suite', 'learned_means']
 
 # %% ../../nbs/47_suites.ipynb #2a21ff54
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class Suite:
     reference: str
     question: str
     claims: tuple[Claim, ...] = ()
+    against_reference: bool = True      # are cells without a claim compared with the reference?
 
     def __post_init__(self):
         named = [self.reference, *(c.cell for c in self.cells.values() if isinstance(c, After)),
@@ -151,9 +153,12 @@ capacity = Suite({f"{method},layers={n}": dict(method=method, student="truncate"
         Claim("MGSR, rather than KD, with a smaller student", "mgsr,layers=18", "kd,layers=18",
             "Table 1")))
 
+TEMPERATURES = (1., 0.7, 0.)
 temperature = Suite({f"{method},T={t:g}": dict(method=method, eval_temperature=t)
-        for t in (1., 0.7, 0.) for method in ("mgsr", "kd")}, "mgsr,T=1",
-    "Is a higher ROUGE-L a matter of how sharp the student is?")
+        for t in TEMPERATURES for method in ("mgsr", "kd")}, "mgsr,T=1",
+    "Is a higher ROUGE-L a matter of how sharp the student is?",
+    tuple(Claim(f"MGSR, rather than KD, drawn at temperature {t:g}", f"mgsr,T={t:g}", f"kd,T={t:g}",
+        "Table 1") for t in TEMPERATURES), against_reference=False)
 
 # %% ../../nbs/47_suites.ipynb #47ade4fa
 readings = Suite(
@@ -184,16 +189,35 @@ alpha_beta = Suite(
 STUDENTS = ("lab-32x2", "lab-48x2", "lab-64x2", "lab-96x3", "lab-128x4")
 sizes = Suite({f"{method},{student}": dict(method=method, student=student)
         for student in STUDENTS for method in ("mgsr", "kd", "sft")}, "mgsr,lab-64x2",
-    "As the student grows, who gains from what?")
+    "As the student grows, who gains from what?",
+    tuple(Claim(f"{a.upper()}, rather than {b.upper()}, for {student}", f"{a},{student}",
+        f"{b},{student}", "Table 1") for student in STUDENTS
+        for a, b in (("mgsr", "kd"), ("kd", "sft"))), against_reference=False)
 
 STEPS = (300, 600, 1200)
 updates = Suite({f"{method},steps={n}": dict(method=method, max_steps=n)
         for n in STEPS for method in ("mgsr", "kd")}, "mgsr,steps=300",
     "Does a verdict change with the number of updates?",
     tuple(Claim(f"MGSR, rather than KD, after {n} updates", f"mgsr,steps={n}", f"kd,steps={n}",
-        "Table 1") for n in STEPS))
+        "Table 1") for n in STEPS), against_reference=False)
+
+_longer = {"mgsr": {}, "no_span": dict(span_weight=0.0), "no_dac": dict(dac_weight=0.0),
+    "fixed_quantile": fixed_clipping.cells["fixed_quantile"],
+    "scrg": components.cells["scrg"], "none": components.cells["none"],
+    **{name: relatives.cells[name] for name in ("every_token,K=5", "alpha=0.2,beta=0.7", "kd")},
+    "sft": dict(method="sft")}
+longer = Suite({name: dict(params, max_steps=600) for name, params in _longer.items()}, "mgsr",
+    "Which findings hold with twice the updates?",
+    (Claim("all weights 1, rather than no span loss", "mgsr", "no_span", "Table 2"),
+     Claim("all weights 1, rather than no DAC-KL", "mgsr", "no_dac", "Table 2"),
+     Claim("SCRG", "scrg", "none", "Table 2"),
+     Claim("DAC-KL on top of SCRG", "no_span", "scrg", "Table 2"),
+     Claim("learned limits, rather than fixed quantiles 0.95 and 0.05", "mgsr", "fixed_quantile",
+         "Section 3.2; the paper shows no such ablation"),
+     Claim("MGSR, rather than KD", "mgsr", "kd", "Table 1")))
 
 SUITES = dict(loss_weights=loss_weights, fixed_clipping=fixed_clipping, components=components,
     sampling=sampling, dac_parts=dac_parts, divergences=divergences, baselines=baselines,
     corrections=corrections, f_sub=f_sub, spans=spans, capacity=capacity, temperature=temperature,
-    readings=readings, sizes=sizes, relatives=relatives, alpha_beta=alpha_beta, updates=updates)
+    readings=readings, sizes=sizes, relatives=relatives, alpha_beta=alpha_beta, updates=updates,
+    longer=longer)
