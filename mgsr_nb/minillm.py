@@ -43,6 +43,7 @@ class Policy(NamedTuple):
     returns: Tensor      # (N,) R_{t+1}, nats: what follows the token
     whole: Tensor        # (N,) R_t, nats: with the token's own reward
 
+# %% ../nbs/21_minillm.ipynb #d9365d33
 def make_policy(log_q: Tensor, log_p: Tensor, lengths: Sequence[int], alpha: float = 0.,
         normalise: bool = True) -> Policy:
     """The `Policy` of sampled tokens from their log-probabilities (N,); `lengths` of the responses

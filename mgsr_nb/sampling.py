@@ -16,13 +16,14 @@ from .divergences import log_probs
 from .decoding import generate, generator_for, noise, starts_of
 from .captured import loop_for
 
-# %% ../nbs/19_sampling.ipynb #242cc5af
+# %% ../nbs/19_sampling.ipynb #6e77f5da
 Pairs = list[tuple[list[int], list[int]]]   # (prompt ids, response ids)
 
 def places(step: int | Sequence[int], rows: Sequence[int]) -> list[tuple[int, int]]:
     "(step, row) of texts of one step, or of several: then `step` has one for each row."
     return list(zip([step] * len(rows) if isinstance(step, int) else step, rows, strict=True))
 
+# %% ../nbs/19_sampling.ipynb #242cc5af
 class Fixed:
     "The responses of the training data."
     def __call__(self, step: int, examples: Sequence[Encoded], rows: Sequence[int]) -> tuple[Pairs,
@@ -139,7 +140,7 @@ class OffPolicy(Fixed):
     def load_state_dict(self, state):
         for part in (self.replay, self.threshold): part.load_state_dict(state)
 
-# %% ../nbs/19_sampling.ipynb #63032c4d
+# %% ../nbs/19_sampling.ipynb #0ae248e7
 def context_keys(batch: Batch, *key) -> Tensor:
     """(B, T) numbers, one for each token's context, its text up to and with itself: equal contexts
     have equal ones, wherever they lie; `key` makes other ones."""
@@ -147,6 +148,7 @@ def context_keys(batch: Batch, *key) -> Tensor:
     factors = starts_of([(*key, place) for place in range(ids.shape[1])], ids.device)
     return ((ids + 1) * factors[batch.position_ids] * batch.attention_mask).cumsum(1)
 
+# %% ../nbs/19_sampling.ipynb #63032c4d
 class Known:
     """`k` of the teacher's classes, which `choose(log_p, u)` picks (`top_classes`,
     `sampled_classes`) at each token."""

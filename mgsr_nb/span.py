@@ -114,13 +114,14 @@ def phrase_chunker(name: str = "textblob", model: str = "en_core_web_sm") -> Cal
     return lambda text: [(at + start, at + stop, kind) for at, doc in lines(text)
         for start, stop, kind in parsed_phrases(doc)]
 
-# %% ../nbs/15_span.ipynb #d8d35bfc
+# %% ../nbs/15_span.ipynb #25c3c324
 def response_text(ids: Sequence[int], tokenizer) -> str:
     """The text of ids, nothing tidied: no spaces removed before punctuation, special tokens spelled
     out."""
     return tokenizer.decode(list(ids), skip_special_tokens=False,
         clean_up_tokenization_spaces=False)
 
+# %% ../nbs/15_span.ipynb #d8d35bfc
 def token_offsets(ids: Sequence[int], tokenizer) -> list[tuple[int, int]]:
     """(start, end) of every token in `response_text(ids)`, without leading white space.
 
@@ -177,6 +178,7 @@ def special_ids(tokenizer) -> set[int]:
     return (set(tokenizer.all_special_ids) | {i
             for i, token in added.items() if getattr(token, "special", False)})
 
+# %% ../nbs/15_span.ipynb #0ee89628
 def text_runs(ids: Sequence[int], special: set[int]) -> list[tuple[int, int]]:
     "(first, stop) of the longest stretches without a special token."
     borders = [-1, *(i for i, t in enumerate(ids) if t in special), len(ids)]
@@ -237,16 +239,17 @@ def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
     "(N,V) -> the first and the second row of each pair of neighbours, (N-1,V) each."
     return x[:-1], x[1:]
 
+# %% ../nbs/15_span.ipynb #b7797658
+def cosine(q: Tensor, next_q: Tensor, p: Tensor, next_p: Tensor) -> Tensor:
+    "|cos(q_j, q_{j+1}) - cos(p_j, p_{j+1})|, (N,V) each -> (N,)."
+    similarity = torch.nn.functional.cosine_similarity
+    return (similarity(q, next_q, dim=-1) - similarity(p, next_p, dim=-1)).abs()
+
 # %% ../nbs/15_span.ipynb #95837e63
 def _root(x: Tensor) -> Tensor:
     "sqrt of x, 0 with gradient 0 where x is not above 0."
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.).sqrt(), 0.)
-
-def cosine(q: Tensor, next_q: Tensor, p: Tensor, next_p: Tensor) -> Tensor:
-    "|cos(q_j, q_{j+1}) - cos(p_j, p_{j+1})|, (N,V) each -> (N,)."
-    similarity = torch.nn.functional.cosine_similarity
-    return (similarity(q, next_q, dim=-1) - similarity(p, next_p, dim=-1)).abs()
 
 def outer(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """Frobenius norm of q_j q_{j+1}^T - p_j p_{j+1}^T, (N,V) each -> (N,), without the (V,V)

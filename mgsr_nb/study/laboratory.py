@@ -164,7 +164,7 @@ EXPECTED = {
         {"alpha=1,beta=1": WORSE}),
     "f_sub": Expectation("Every f_sub finds the same limits."),
     "spans": Expectation("The span loss is small beside the others, whatever its spans are."),
-    "longer": Expectation("Said when two seeds of MGSR and KD were known: a denser loss is ahead "
+    "longer": Expectation("Said when three seeds of MGSR and KD were known: a denser loss is ahead "
         "early, and the others catch up; what the teacher writes itself stays ahead.",
         {"no_span": BETTER, "every_token,K=5": BETTER, "sft": WORSE}),
     "temperature": Expectation("KD's student is the less sharp of the two: the lower the "
