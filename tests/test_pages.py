@@ -101,16 +101,6 @@ def test_texts_stand_beside_each_other_set_by_set(tmp_path):
     assert header == '| asked | student before | student after | teacher |'
     assert lines == ['| Add. | student_start lab_open 0 | student lab_open 0 | teacher lab_open 0 |', *(f'| Add. 2 \\| 3 | student_start lab {k} | student lab {k} | teacher lab {k} |' for k in range(2))]
 
-def test_lengths_stand_below_each_other_and_above_the_teacher(tmp_path):
-    average = dict(exact=40.04, greedy_exact=50., kl=.4, rouge_l=55.)
-    for steps, nll in ((100, .5), (200, .4)):
-        scores = {'average': average | dict(exact=steps / 2), 'validation': {'nll': nll}}
-        write_json(tmp_path/f'{steps}'/'metrics.json', {'student': scores, 'teacher': {'average': average, 'validation': {'nll': .25}}})
-        pd.DataFrame(dict(step=[0, 10, steps - 50, steps], validation_nll=[1., None, nll + .01, nll])).to_csv(tmp_path/f'{steps}'/'log.csv', index=False)
-    lines = pages.lengths_table([tmp_path/'100', tmp_path/'200']).splitlines()
-    assert lines[2:] == ['| 100 | 0.500 | 0.510 | 50.0 | 50.0 | 0.400 | 55.0 |', '| 200 | 0.400 | 0.410 | 100.0 | 50.0 | 0.400 | 55.0 |', '| (teacher) | 0.250 |  | 40.0 | 50.0 | 0.400 | 55.0 |']
-    assert pages.lengths_table([]) == ''
-
 def test_the_reports_have_a_section_for_every_suite():
     import nbformat
     from pathlib import Path

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORDED', 'BEHEADED', 'LIMITS_SHOWN', 'CURVES', 'size', 'setting', 'notes', 'gaps', 'suite_markdown',
            'suite_figures', 'pictured', 'lab_markdown', 'lab_figures', 'show_suite', 'show_page', 'chapter_figure',
-           'chapter_markdown', 'texts_table', 'lengths_table']
+           'chapter_markdown', 'texts_table']
 
 # %% ../../nbs/58_pages.ipynb #522f3a91
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 from ..config import BEFORE
-from ..files import read_json
 from .records import Results
 from .suites import SUITES
 from .tables import (
@@ -240,23 +239,3 @@ def texts_table(folder: str | Path, wanted: dict[str, int]) -> str:
     found = {s: [row for (name, _), row in rows.items() if name == s][:n]
         for s, n in wanted.items()}
     return markdown_table([row for part in found.values() for row in part])
-
-# %% ../../nbs/58_pages.ipynb #5558f94d
-def lengths_table(folders: Sequence[Path]) -> str:
-    """Finished runs of the laboratory as a Markdown table: updates, the last validation of each
-    and the one 50 updates before, and the scores on the test sets; the teacher last."""
-    rows = []
-    for folder in folders:
-        metrics, log = read_json(folder/"metrics.json"), pd.read_csv(folder/"log.csv")
-        *_, before, last = log.validation_nll.dropna()
-        rows.append({"updates": int(log.step.max()), "validation NLL": f"{last:.3f}",
-            "50 updates before": f"{before:.3f}"} | _scored(metrics["student"]["average"]))
-    if rows:
-        rows.append({"updates": "(teacher)",
-            "validation NLL": f"{metrics['teacher']['validation']['nll']:.3f}",
-            "50 updates before": ""} | _scored(metrics["teacher"]["average"]))
-    return markdown_table(rows)
-
-def _scored(average: dict) -> dict[str, str]:
-    return {SCORES[s].label: f"{average[s]:.{SCORES[s].digits}f}"
-        for s in ("exact", "greedy_exact", "kl", "rouge_l")}
