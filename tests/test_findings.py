@@ -30,13 +30,13 @@ def test_a_number_that_moved_is_named(tmp_path):
     pairs = {'lab': read_lab(tmp_path)}
     test, verdict = evidence(FINDING, pairs['lab'])
     assert (test.seeds, verdict) == (5, HOLDS) and outdated([FINDING], pairs) == []
-    for wrong in (dict(number='+3.3 ± 0.2'), dict(verdict='negligible')):
+    for wrong in (dict(number='+3.3 ± 0.2'), dict(verdict='negligible'), dict(updates=600)):
         (line,) = outdated([Finding(**vars(FINDING) | wrong)], pairs)
-        assert line.startswith('SCRG: ') and '+3.2 ± 0.2, holds' in line
+        assert line.startswith('SCRG: ') and line.endswith('say +3.2 ± 0.2, holds, 300')
     with pytest.raises(ValueError, match='SCRG: no two seeds'): evidence(Finding(**vars(FINDING) | dict(better='span')), pairs['lab'])
 
 def test_a_line_has_one_number_its_verdict_and_a_link():
-    assert findings_list([FINDING]) == '- **SCRG helps.** exact match +3.2 ± 0.2 points, *better*: [laboratory](report.ipynb#components).'
+    assert findings_list([FINDING]) == '- **SCRG helps.** exact match +3.2 ± 0.2 points after 300 updates, *better*: [laboratory](report.ipynb#components).'
     assert findings_list([FINDING], page='').endswith('(#components).') and finding_line(FINDING).endswith(', *better*.')
 
 def test_the_figure_counts_in_margins(tmp_path):

@@ -51,9 +51,9 @@ def lab_runs(root, gain=3., seeds=5):
         for k in range(seeds):
             scores = {s: m.better * (10. + k + (cell == 'scrg') * (gain + .1 * k)) for s, m in SCORES.items()}
             tests = {'lab': scores | dict(prompts=400)}
-            write_json(root/f'components+lab/{cell}/seed{k}/metrics.json', {'config': dict(save_prompts=False), **{who: dict(average=scores, test=tests) for who in ('student', 'student_start')}, 'teacher': dict(average={s: m.better * 10. for s, m in SCORES.items()}, test=tests)})
+            write_json(root/f'components+lab/{cell}/seed{k}/metrics.json', {'config': dict(save_prompts=False, max_steps=300), **{who: dict(average=scores, test=tests) for who in ('student', 'student_start')}, 'teacher': dict(average={s: m.better * 10. for s, m in SCORES.items()}, test=tests)})
 
-FINDING = Finding('SCRG helps.', 'SCRG', 'lab', 'components', 'scrg', 'none', 'exact', '+3.2 ± 0.2', 'holds')
+FINDING = Finding('SCRG helps.', 'SCRG', 'lab', 'components', 'scrg', 'none', 'exact', 300, '+3.2 ± 0.2', 'holds')
 
 def test_a_suite_on_one_screen_is_that_of_the_laboratory_where_it_ran(tmp_path, monkeypatch):
     for cell in ('none', 'scrg'):
@@ -89,7 +89,7 @@ def test_a_chapter_says_what_the_laboratory_says_once_there_are_seeds(tmp_path):
     shutil.copytree(tmp_path/'components+lab'/'scrg', tmp_path/'components+lab'/'dac')
     for k in range(5): pd.DataFrame(dict(step=[0, 300], validation_nll=[1., .5], validation_kl=[1., .5])).to_csv(tmp_path/f'components+lab/none/seed{k}/log.csv', index=False)
     text = pages.chapter_markdown(read_lab(tmp_path), [FINDING], 'components', 'x.png')
-    assert '*What does each component add' in text and '- **SCRG helps.** exact match +3.2 ± 0.2 points, *better*.' in text and '](x.png)' in text and '| `scrg` than `none` | **better** |' in text
+    assert '*What does each component add' in text and '- **SCRG helps.** exact match +3.2 ± 0.2 points after 300 updates, *better*.' in text and '](x.png)' in text and '| `scrg` than `none` | **better** |' in text
     assert [len(a.lines) > 0 for a in pages.chapter_figure(read_lab(tmp_path), 'components').axes][:2] == [True, True]
 
 def test_texts_stand_beside_each_other_set_by_set(tmp_path):

@@ -25,8 +25,8 @@ from .laboratory import (
 @dataclass(frozen=True)
 class Finding:
     """A sentence of `runs/findings.toml`: that cell `better` of a suite is better than `worse`, by
-    `score`, comes out as `number` and `verdict`, in `pair` lab or smollm2. `label` names it in a
-    figure; a finding of the `front` stands on the first page."""
+    `score`, comes out as `number` and `verdict` after so many `updates`, in `pair` lab or smollm2.
+    `label` names it in a figure; a finding of the `front` stands on the first page."""
     says: str
     label: str
     pair: str
@@ -34,6 +34,7 @@ class Finding:
     better: str
     worse: str
     score: str
+    updates: int
     number: str
     verdict: str
     front: bool = False
@@ -66,10 +67,13 @@ def outdated(findings: Sequence[Finding], pairs: dict[str, Results]) -> list[str
     lines = []
     for f in findings:
         test, verdict = evidence(f, pairs[f.pair])
-        found = effect_number(test, f.score), verdict
-        if found != (f.number, f.verdict):
-            lines.append(f"{f.label}: {f.number}, {f.verdict} in the file; the runs say "
-                f"{found[0]}, {found[1]}")
+        updates = {run.metrics["config"]["max_steps"] for cell in (f.better, f.worse)
+            for run in pairs[f.pair].cells(f.suite)[cell]}
+        found = effect_number(test, f.score), verdict, " and ".join(map(str, sorted(updates)))
+        said = f.number, f.verdict, str(f.updates)
+        if found != said:
+            lines.append(f"{f.label}: {', '.join(said)} updates in the file; the runs say "
+                f"{', '.join(found)}")
     return lines
 
 # %% ../../nbs/57_findings.ipynb #b9782a85
@@ -79,7 +83,8 @@ def finding_line(f: Finding, link: str = "") -> str:
     score = SCORES[f.score]
     place = f": [{PAIRS[f.pair]}]({link})" if link else "" if f.pair == "lab" else (
         f": {PAIRS[f.pair]}")
-    return f"**{f.says}** {score.label} {f.number} {score.unit}, *{in_words(f.verdict)}*{place}."
+    return (f"**{f.says}** {score.label} {f.number} {score.unit} after {f.updates:,} updates, "
+        f"*{in_words(f.verdict)}*{place}.")
 
 def findings_list(findings: Sequence[Finding], page: str = "report.ipynb") -> str:
     "Findings as a Markdown list, each with a link to its suite."
