@@ -208,7 +208,8 @@ def _page(results: Results, suite: str, scores: Sequence[str] = tuple(SCORES)) -
 CURVES = 8      # more cells than that are no curves that an eye can part
 
 def chapter_figure(lab: Results, suite: str) -> Figure:
-    "Learning curves of a suite of the laboratory, or, where the cells are many, their effects."
+    "Learning curves of a suite of the laboratory, or, where the cells are many, a map or effects."
+    if suite == "alpha_beta": return lab_map(lab)
     if len(lab.cells(suite)) <= CURVES: return lab_figures(lab, suite)[0]
     return effect_plot(effects_of(lab, suite, comparisons(lab, suite)))
 
