@@ -24,7 +24,7 @@ def archives(tmp_path_factory):
         else: shutil.copy(source, clone)
     built('sdist', clone, out)
     [sdist] = out.glob('*.tar.gz')
-    with tarfile.open(sdist) as archive: archive.extractall(unpacked, filter='data')
+    with tarfile.open(sdist) as archive: archive.extractall(unpacked, **dict(filter='data') if hasattr(tarfile, 'data_filter') else {})     # Python 3.11.4
     [source] = unpacked.iterdir()
     built('wheel', source, out)
     [wheel] = out.glob('*.whl')

@@ -78,9 +78,7 @@ def joined(blob, store):
 def unpack(blob, store):
     "Join the parts of `blob`, unpack it where it belongs, and remove the parts."
     whole = joined(blob, store)
-    if blob["kind"] == "wheel": unpack_wheel(whole, store)
-    else:
-        with tarfile.open(whole) as archive: archive.extractall(store/"data", filter="data")
+    (unpack_wheel if blob["kind"] == "wheel" else unpack_data)(whole, store)
     for path in (whole, *(store/"parts"/part["file"] for part in blob["parts"])): path.unlink()
 
 def unpack_wheel(path, store):
@@ -93,11 +91,21 @@ def unpack_wheel(path, store):
             found = DATA.fullmatch(member.filename)
             if found and found[1] not in roots: continue        # headers
             target = roots[found[1]]/found[2] if found else store/"site"/member.filename
-            if store.resolve() not in target.resolve().parents:
-                raise Refused(f"{path.name}: {member.filename} would lie outside of {store}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(member) as source, open(target, "wb") as out:
-                shutil.copyfileobj(source, out)
+            with archive.open(member) as source: place(source, target, store, path)
+
+def unpack_data(path, store):
+    "Plain files of a folder. (extractall is safe from Python 3.11.4 on; a node may be older.)"
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile():
+                place(archive.extractfile(member), store/"data"/member.name, store, path)
+
+def place(source, target, store, archive):
+    "Copy an open file to `target`, which has to lie in `store`."
+    if store.resolve() not in target.resolve().parents:
+        raise Refused(f"{archive.name}: {target} would lie outside of {store}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "wb") as out: shutil.copyfileobj(source, out)
 
 
 # --- running

@@ -102,12 +102,15 @@ def findings_plot(findings: Sequence[Finding], pairs: dict[str, Results]) -> Fig
         reach = [(test.mean + side * test.half) / margin for side in (-1, 1)]
         ax.plot(reach, [row, row], lw=3, color=colour)
         ax.plot(test.mean / margin, row, "o", color=colour)
+    scores = {SCORES[f.score].label for f in findings}
     ax.set(yticks=range(len(findings)), ylim=(len(findings) - 0.5, -0.5),
-        yticklabels=[f"{f.label} ({SCORES[f.score].label})" for f in findings],
-        xlabel="better by so many margins (0.01 nats, 1 point); grey: negligible")
+        yticklabels=[f.label if len(scores) == 1 else f"{f.label} ({SCORES[f.score].label})"
+            for f in findings],
+        xlabel=f"{', '.join(scores) if len(scores) == 1 else 'better'}, in margins (0.01 nats, "
+            "1 point); grey: negligible")
     named = {**{v: (WORDS[v], c) for v, c in COLOURS.items()}, "": ("not resolved", "gray")}
     ax.legend([Line2D([], [], color=c, lw=3) for _, c in named.values()],
         [name for name, _ in named.values()], frameon=False, fontsize=8, loc="upper left",
-        bbox_to_anchor=(1, 1))
+        ncols=2, bbox_to_anchor=(0, -0.22))
     return _finished(figure, "The findings, a line each: how much better the first thing is than "
         "the second, with the 95 % interval over training seeds. The list has the numbers.")
