@@ -1,6 +1,6 @@
 """make bundle: files are cut, carried one after the other, joined and verified; a command runs with
 nothing but what was carried. Fast tests use toy wheels; the slow one a real suite, no network."""
-import hashlib, importlib.metadata as metadata, json, os, shutil, subprocess, sys, venv, zipfile
+import hashlib, importlib.metadata as metadata, json, os, shutil, subprocess, sys, tarfile, venv, zipfile
 from pathlib import Path
 import pytest
 from commands import ROOT, flags
@@ -100,6 +100,18 @@ def test_a_wheel_cannot_write_elsewhere(tmp_path):
     with pytest.raises(bundle_node.Refused, match="would lie outside"):
         bundle_node.unpack_wheel(wheel, tmp_path/"store")
     assert not list(tmp_path.rglob("evil.py"))
+
+def test_data_cannot_be_written_elsewhere(tmp_path):
+    (tmp_path/"store").mkdir()
+    for name in ("../../evil.jsonl", "dolly/train.jsonl"):
+        with tarfile.open(tmp_path/"data.tar.gz", "w:gz") as archive:
+            archive.add(__file__, arcname=name)
+            archive.add(tmp_path, arcname="folder", recursive=False)
+        if "evil" in name:
+            with pytest.raises(bundle_node.Refused, match="would lie outside"):
+                bundle_node.unpack_data(tmp_path/"data.tar.gz", tmp_path/"store")
+        else: bundle_node.unpack_data(tmp_path/"data.tar.gz", tmp_path/"store")
+    assert [p.name for p in tmp_path.rglob("*.jsonl")] == ["train.jsonl"]
 
 def run_sh(root, *words, **env):
     line = ["bash", str(root/"build"/"bundle"/"run.sh"), *words]
