@@ -1,7 +1,6 @@
 "What is committed of a run: six digits, the texts of one seed, no weights, and no more than a reader can load."
 import json, sys
 from pathlib import Path
-import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
 import compact_runs

@@ -705,11 +705,16 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(name, chunk, block, heads
     loss.backward()
     assert calls["head"] == calls["t_head"] == heads and softmaxes == [n for n in blocks for _ in range(2)]
 
-def test_the_size_of_a_block():
-    "So many logits where a block should fit the cache, and the chunk elsewhere."
-    at_once = lambda device, v, trained=5e5, chunk=64: O.rows_of_block(Text(torch.empty(0, 4), torch.empty(0, device=device), None, vocab=v), trained, chunk)
-    assert at_once("cpu", 49_152) == 16 and at_once("cpu", 1000) == 786 and at_once("cpu", 10 ** 7) == 1 and at_once("meta", 1000) == 64
-    assert at_once("cpu", 1000, 2e6) == at_once("meta", 1000, 2e6) == 64 and at_once("cpu", None) == 16
+def test_the_size_of_a_block(monkeypatch):
+    "So many logits where a block should fit the cache, and the chunk elsewhere: as the objective asks for them."
+    monkeypatch.setattr(O, "evaluate_text", lambda text, tally, chunk, block: block)
+    block = lambda o, device, v: o(Text(torch.empty(0, 4, device=device), torch.empty(0, device=device), None, vocab=v), [], {})
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    small = objective(everything("learned_full"), 64)
+    assert block(small, cpu, 49_152) == block(small, cpu, None) == 16 and block(small, cpu, 1000) == 786 and block(small, cpu, 10 ** 7) == 1 and block(small, other, 1000) == 64
+    large = objective({"dac": DAC(DACKL(LearnedClip(SubNetwork(2000, width=256))))}, 64)
+    assert block(large, cpu, 1000) == block(large, other, 1000) == 64
+    assert block(objective(everything(), 64, 5), cpu, 1000) == block(objective(everything(), 64, 5), other, 1000) == 5
 
 # --- what the rows carry
 

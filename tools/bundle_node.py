@@ -91,16 +91,16 @@ def unpack_wheel(path, store):
             found = DATA.fullmatch(member.filename)
             if found and found[1] not in roots: continue        # headers
             target = roots[found[1]]/found[2] if found else store/"site"/member.filename
-            with archive.open(member) as source: place(source, target, store, path)
+            with archive.open(member) as source: put(source, target, store, path)
 
 def unpack_data(path, store):
     "Plain files of a folder. (extractall is safe from Python 3.11.4 on; a node may be older.)"
     with tarfile.open(path) as archive:
         for member in archive:
             if member.isfile():
-                place(archive.extractfile(member), store/"data"/member.name, store, path)
+                put(archive.extractfile(member), store/"data"/member.name, store, path)
 
-def place(source, target, store, archive):
+def put(source, target, store, archive):
     "Copy an open file to `target`, which has to lie in `store`."
     if store.resolve() not in target.resolve().parents:
         raise Refused(f"{archive.name}: {target} would lie outside of {store}")

@@ -5,10 +5,11 @@
 
 Of a run go along config.json, log.csv, metrics.json and, for seed 0, samples.jsonl. Only finished runs are taken: those with metrics.json.
 """
-import argparse, csv, io, json, shutil
+import argparse, csv, io, json
 from pathlib import Path
+from mgsr_nb.files import write_atomic
 
-KEPT, TEXTS = ('config.json', 'log.csv', 'metrics.json'), 'samples.jsonl'
+TEXTS = 'samples.jsonl'
 
 
 def short(x):
@@ -31,16 +32,15 @@ def short_table(text):
 
 
 def compact(run, target):
-    "Write the small form of the run in folder `run` to `target`, which may be the same folder."
+    "Write the small form of the run in folder `run` to `target`, which may be the same folder; each file is whole, old or new."
     target.mkdir(parents=True, exist_ok=True)
-    for name in KEPT[:2] + (TEXTS,)*(run.name == 'seed0' and (run/TEXTS).exists()):
-        if run != target: shutil.copyfile(run/name, target/name)
-    (target/'log.csv').write_text(short_table((run/'log.csv').read_text(encoding='utf-8')), encoding='utf-8')
-    metrics = json.loads((run/'metrics.json').read_text(encoding='utf-8'))
-    # a line for each part, so that a difference can be read
-    parts = ',\n'.join(f'{json.dumps(key)}: {json.dumps(short(value), ensure_ascii=False)}' for key, value in metrics.items())
-    (target/'metrics.json').write_text('{' + parts + '}\n', encoding='utf-8')
+    text = lambda name: (run/name).read_text(encoding='utf-8')
+    # a line for each part of the metrics, so that a difference can be read
+    parts = ',\n'.join(f'{json.dumps(key)}: {json.dumps(short(value), ensure_ascii=False)}' for key, value in json.loads(text('metrics.json')).items())
+    files = {'config.json': text('config.json'), 'log.csv': short_table(text('log.csv')), 'metrics.json': '{' + parts + '}\n'}
     if run.name != 'seed0': (target/TEXTS).unlink(missing_ok=True)
+    elif (run/TEXTS).exists(): files[TEXTS] = text(TEXTS)
+    for name, content in files.items(): write_atomic(target/name, content)
 
 
 def main():

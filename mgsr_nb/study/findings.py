@@ -103,11 +103,11 @@ def findings_plot(findings: Sequence[Finding], pairs: dict[str, Results]) -> Fig
         ax.plot(reach, [row, row], lw=3, color=colour)
         ax.plot(test.mean / margin, row, "o", color=colour)
     scores = {SCORES[f.score].label for f in findings}
+    shared = scores.pop() if len(scores) == 1 else ""
     ax.set(yticks=range(len(findings)), ylim=(len(findings) - 0.5, -0.5),
-        yticklabels=[f.label if len(scores) == 1 else f"{f.label} ({SCORES[f.score].label})"
+        yticklabels=[f.label if shared else f"{f.label} ({SCORES[f.score].label})"
             for f in findings],
-        xlabel=f"{', '.join(scores) if len(scores) == 1 else 'better'}, in margins (0.01 nats, "
-            "1 point); grey: negligible")
+        xlabel=f"{shared or 'better'}, in margins (0.01 nats, 1 point); grey: negligible")
     named = {**{v: (WORDS[v], c) for v, c in COLOURS.items()}, "": ("not resolved", "gray")}
     ax.legend([Line2D([], [], color=c, lw=3) for _, c in named.values()],
         [name for name, _ in named.values()], frameon=False, fontsize=8, loc="upper left",
