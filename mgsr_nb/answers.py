@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNSPACED', 'WORDS', 'UnicodeWords', 'words_of', 'rouge_l', 'wordless', 'wordless_note', 'exact_match', 'distinct_n',
-           'repetition', 'score_answers', 'answer_metrics']
+           'repetition', 'score_answers', 'mean_exact', 'answer_metrics']
 
 # %% ../nbs/22_answers.ipynb #f896b87c
 import functools, re, unicodedata
@@ -100,14 +100,20 @@ def score_answers(predictions: Sequence[str], examples: Sequence[Example],
             f"score_answers: {len(predictions)} predictions for {len(examples)} examples")
     each = [rouge_l(p, e.references, words) for p, e in zip(predictions, examples)]
     right = [exact_match(p, e) for p, e in zip(predictions, examples)]
-    groups = defaultdict(list)
-    for e, x in zip(examples, right):
-        if x is not None: groups[e.category].append(x)
-    return {"rouge_l": _mean(each), "each": each, "exact": _mean(right), "exact_each": right,
-        "exact_by_category": {k: _mean(v) for k, v in groups.items()},
+    exact, by_category = mean_exact(right, examples)
+    return {"rouge_l": _mean(each), "each": each, "exact": exact, "exact_each": right,
+        "exact_by_category": by_category,
         "empty": sum(not p for p in predictions),
         **{f"distinct_{n}": distinct_n(predictions, n) for n in (1, 2, 4)},
         "repetition_4": repetition(predictions, 4)}
+
+def mean_exact(each: Sequence[Optional[float]],
+        examples: Sequence[Example]) -> tuple[float, dict[str, float]]:
+    "The mean of those that have one right answer, and {category: the same}."
+    groups = defaultdict(list)
+    for e, x in zip(examples, each):
+        if x is not None: groups[e.category].append(x)
+    return _mean(each), {k: _mean(v) for k, v in groups.items()}
 
 def _mean(values: Sequence[Optional[float]]) -> float:
     "The mean of those that are there; 0 of none."

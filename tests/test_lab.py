@@ -1,5 +1,5 @@
 """The laboratory's pair: one token a word, one truth a token, the same start on every call."""
-import math
+import copy, math
 from collections import Counter
 import pytest, torch
 from mgsr_nb.config import ConfigError, resolve
@@ -93,3 +93,21 @@ def test_a_name_makes_a_model_once_and_the_same(model, tmp_path, monkeypatch):
 def test_sizes_that_cannot_be_are_refused(name):
     with pytest.raises(ConfigError, match=f"{name}; allowed: lab-WIDTHxLAYERS"): lab_sizes(name)
     assert lab_sizes("gpt2") is None is lab_sizes("lab-x") and lab_config("lab-48x2", 900).num_attention_heads == 3
+
+def test_the_expected_exact_match_is_how_often_the_right_tokens_are_drawn(model, tokenizer):
+    example = encode(load_eval_set("lab")[0], tokenizer, "plain")
+    # 2,000 draws of one question by a model that was taught it half way
+    taught = copy.deepcopy(model).train()
+    optimizer, n = torch.optim.Adam(taught.parameters(), 3e-3), len(example.prompt_ids)
+    ids = torch.tensor([example.prompt_ids + example.response_ids])
+    while True:
+        loss = torch.nn.functional.cross_entropy(taught(ids).logits[0, n - 1:-1], ids[0, n:])
+        if loss * len(example.response_ids) < math.log(2): break
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    sample = sampler(taught.eval(), [0], tokenizer.pad_token_id, len(tokenizer), None, 1.)
+    found, _, drawn = evaluate(taught, None, {"lab": [example] * 2000}, sample, tokenizer, len(tokenizer), [10], 8, 500)
+    p, hits = found["lab"]["expected_exact"] / 100, sum(x == example.response_ids for x in drawn["lab"])
+    assert .45 < p < .7 and (hits - 2000 * p)**2 / (2000 * p * (1 - p)) < 10.8      # chi-square, p = 0.001
+    assert found["lab"]["expected_exact_by_category"] == pytest.approx({example.example.category: 100 * p})
+    cold, *_ = evaluate(taught, None, {"lab": [example]}, sample, tokenizer, len(tokenizer), [10], 8, temperature=0.7)
+    assert "expected_exact" not in cold["lab"]      # it would be of other draws

@@ -43,18 +43,19 @@ def _evaluated(s: Setup, model: nn.Module, validation: Optional[dict]) -> dict:
     if c.eval_exposure and c.eval_temperature == 1 and model is not s.teacher:
         teacher_text = scores(s, s.teacher, s.keys["teacher"])["ids"]
     model.eval()
-    held = validation or s.validated(model)
     with s.accelerator.autocast():
         test, answers, ids = evaluate(model, s.teacher, s.eval_sets,
             s.sampler(model, temperature=c.eval_temperature), s.tokenizer, s.vocab,
             c.eval_seed_list, c.max_new_tokens, c.eval_batch_size, s.chunk, teacher_text,
-            s.states, s.sampler(model, temperature=0) if c.eval_greedy else None, c.rouge_words)
-    return {"validation": held, "test": test, "average": average_of(test), "answers": answers,
-        "ids": ids}
+            s.states, s.sampler(model, temperature=0) if c.eval_greedy else None, c.rouge_words,
+            c.eval_temperature)
+    return {"validation": validation or s.validated(model), "test": test,
+        "average": average_of(test), "answers": answers, "ids": ids}
 
 # how a table calls what a set can be scored by
 SCORED = {"nll": "NLL", "kl": "KL", "truth_kl": "KL from the truth", "rouge_l": "ROUGE-L",
-    "exact": "exact", "greedy_rouge_l": "greedy ROUGE-L", "greedy_exact": "greedy exact"}
+    "exact": "exact", "expected_exact": "expected exact", "greedy_rouge_l": "greedy ROUGE-L",
+    "greedy_exact": "greedy exact"}
 
 def average_of(test: dict[str, dict]) -> dict[str, float]:
     "The mean over the test sets of each score of `SCORED`, over those sets that have it."
@@ -66,8 +67,8 @@ def machine(setup: Setup) -> dict:
     "What the run ran on."
     import transformers
     a = setup.accelerator
-    on_cuda = a.device.type == "cuda"
-    device = torch.cuda.get_device_name(a.device) if on_cuda else platform.processor()
+    device = platform.processor()
+    if a.device.type == "cuda": device = torch.cuda.get_device_name(a.device)
     return {"device": device or platform.machine(), "device_type": a.device.type,
         "processes": a.num_processes, "threads": torch.get_num_threads(),
         "precision": precision_of(a), "torch": torch.__version__, "cache": cache_id(),
@@ -281,8 +282,7 @@ def cost_of(metrics: dict, log) -> str:
     "Steps, trained tokens, time by part and machine, in a line."
     tokens = int(log.filter(regex="^(data|distilled)_tokens$").sum().sum())
     parts = ", ".join(f"{name} {s / 60:.1f}" for name, s in metrics["seconds"].items())
-    m = metrics["machine"]
-    minutes = sum(metrics["seconds"].values()) / 60
+    m, minutes = metrics["machine"], sum(metrics["seconds"].values()) / 60
     return (f"{int(log.step.max())} steps of {metrics['config']['batch_size']}, {tokens:,} trained "
         f"tokens; {minutes:.1f} minutes ({parts}) on {m['processes']} x {m['device']}, "
         f"{m['precision']}, torch {m['torch']}")

@@ -230,7 +230,7 @@ def prepare(config: RunConfig, cpu: bool = False) -> Setup:
                 "precision": precision, "frozen": frozen,
                 "device": accelerator.device.type, "teacher": teacher_key,
                 "exposure": config.eval_exposure, "greedy": config.eval_greedy,
-                "words": config.rouge_words}
+                "words": config.rouge_words, "scores": 2}   # one more when `evaluate` finds more
     setup = Setup(config, accelerator, tokenizer, teacher, student, vocab, stops, train, validation,
         eval_sets, report,
                   {"teacher": settings, "student_start": {**settings, "student": student_key,
