@@ -859,6 +859,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'mgsr_nb/study/laboratory.py'),
                                           'mgsr_nb.study.laboratory.comparisons': ( 'laboratory.html#comparisons',
                                                                                     'mgsr_nb/study/laboratory.py'),
+                                          'mgsr_nb.study.laboratory.drawn': ('laboratory.html#drawn', 'mgsr_nb/study/laboratory.py'),
                                           'mgsr_nb.study.laboratory.effect_number': ( 'laboratory.html#effect_number',
                                                                                       'mgsr_nb/study/laboratory.py'),
                                           'mgsr_nb.study.laboratory.effect_plot': ( 'laboratory.html#effect_plot',

@@ -1,4 +1,4 @@
-"What is committed of a run: six digits, the texts of one seed, no weights, and no more than a reader can load."
+"What is committed of a run: six digits and four, the texts of one seed, no weights, and no more than a reader can load."
 import json, sys
 from pathlib import Path
 ROOT = Path(__file__).parents[1]
@@ -14,11 +14,11 @@ def a_run(folder, number=0.123456789):
     (folder/'model.safetensors').write_text('weights', encoding='utf-8')
     return folder
 
-def test_numbers_keep_six_digits_and_all_else_stays(tmp_path):
+def test_scores_keep_six_digits_the_log_four_and_all_else_stays(tmp_path):
     run, out = a_run(tmp_path/'suite/cell/seed0'), tmp_path/'out'
     compact_runs.compact(run, out)
     assert json.loads((out/'metrics.json').read_text('utf-8')) == {'steps': 1234567, 'test': {'nll': 0.123457, 'each': [0.123457, 2, None, 'ü'], 'done': True}}
-    assert (out/'log.csv').read_text('utf-8') == 'step,loss,seconds,text\n10,0.123457,,"a, b"\n-20,1e-09,nan,\n'
+    assert (out/'log.csv').read_text('utf-8') == 'step,loss,seconds,text\n10,0.1235,,"a, b"\n-20,1e-09,nan,\n'
     assert (out/'config.json').read_bytes() == (run/'config.json').read_bytes()
     assert sorted(p.name for p in out.iterdir()) == ['config.json', 'log.csv', 'metrics.json', 'samples.jsonl']
 
@@ -30,6 +30,15 @@ def test_texts_are_kept_of_one_seed_and_a_second_time_changes_nothing(tmp_path):
         assert (tmp_path/'suite/cell/seed0/samples.jsonl').exists() and not (tmp_path/'suite/cell/seed1/samples.jsonl').exists()
         before = files()
     assert files() == before
+
+def test_data_start_and_teacher_are_kept_whole_of_one_seed(tmp_path):
+    whole = {who: {'average': {'nll': 1.0}, 'validation': {'nll': 2.0}, 'test': {'lab': {'nll': 1.0}}} for who in ('student_start', 'student', 'teacher')} | {'data': {'train': 3}}
+    for seed in (0, 1):
+        run = a_run(tmp_path/f'cell/seed{seed}')
+        (run/'metrics.json').write_text(json.dumps(whole), encoding='utf-8')
+        compact_runs.compact(run, run)
+    of = lambda seed: json.loads((tmp_path/f'cell/seed{seed}/metrics.json').read_text('utf-8'))
+    assert of(0) == whole and of(1) == {who: part | ({} if who == 'student' else {'test': {}}) for who, part in whole.items() if who != 'data'}
 
 def test_only_finished_runs_are_brought(tmp_path, monkeypatch, capsys):
     a_run(tmp_path/'suite/cell/seed0')

@@ -1,27 +1,28 @@
-"""Make finished runs small enough to be committed: six digits of every number, texts of one seed only, nothing else.
+"""Make finished runs small enough to be committed: six digits of every score and four of the log; texts, the data, and all scores of start and teacher of one seed only.
 
     python tools/compact_runs.py runs/readings+lab                         # in place
     python tools/compact_runs.py OTHER/runs/readings+lab --to runs         # bring a suite from another checkout
 
 Of a run go along config.json, log.csv, metrics.json and, for seed 0, samples.jsonl. Only finished runs are taken: those with metrics.json.
+Data, the student's start and the teacher are the same for all seeds: seeds after 0 keep average and validation scores of the two.
 """
 import argparse, csv, io, json
 from pathlib import Path
 from mgsr_nb.files import write_atomic
 
-TEXTS = 'samples.jsonl'
+TEXTS, ONCE = 'samples.jsonl', ('student_start', 'teacher')
 
 
-def short(x):
-    "A number, or everything in it, to six digits."
-    if isinstance(x, float): return float(f'{x:.6g}')
-    if isinstance(x, dict): return {key: short(value) for key, value in x.items()}
-    return [short(value) for value in x] if isinstance(x, list) else x
+def short(x, digits=6):
+    "A number, or everything in it, to some digits."
+    if isinstance(x, float): return float(f'{x:.{digits}g}')
+    if isinstance(x, dict): return {key: short(value, digits) for key, value in x.items()}
+    return [short(value, digits) for value in x] if isinstance(x, list) else x
 
 
 def short_cell(text):
     "A cell of a table; what is no number stays as it is."
-    try: return text if text.lstrip('-').isdigit() else repr(short(float(text)))
+    try: return text if text.lstrip('-').isdigit() else repr(short(float(text), 4))
     except ValueError: return text
 
 
@@ -35,8 +36,12 @@ def compact(run, target):
     "Write the small form of the run in folder `run` to `target`, which may be the same folder; each file is whole, old or new."
     target.mkdir(parents=True, exist_ok=True)
     text = lambda name: (run/name).read_text(encoding='utf-8')
+    metrics = json.loads(text('metrics.json'))
+    if run.name != 'seed0':
+        metrics.pop('data', None)
+        metrics |= {who: metrics[who] | {'test': {}} for who in ONCE if who in metrics}
     # a line for each part of the metrics, so that a difference can be read
-    parts = ',\n'.join(f'{json.dumps(key)}: {json.dumps(short(value), ensure_ascii=False)}' for key, value in json.loads(text('metrics.json')).items())
+    parts = ',\n'.join(f'{json.dumps(key)}: {json.dumps(short(value), ensure_ascii=False)}' for key, value in metrics.items())
     files = {'config.json': text('config.json'), 'log.csv': short_table(text('log.csv')), 'metrics.json': '{' + parts + '}\n'}
     if run.name != 'seed0': (target/TEXTS).unlink(missing_ok=True)
     elif (run/TEXTS).exists(): files[TEXTS] = text(TEXTS)

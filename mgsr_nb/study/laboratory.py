@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'DECIDES', 'AGREES', 'AGAINST', 'REAL', 'BETTER', 'WORSE', 'SAME', 'EXPECTED', 'read_lab', 'lab_score',
-           'better_by_seed', 'Effect', 'tests_of', 'verdicts_of', 'effects_of', 'against_reference', 'of_claims',
-           'comparisons', 'Expectation', 'lab_table', 'effect_number', 'effect_table', 'effect_plot', 'read_costs',
-           'kl_after', 'lab_costs', 'lab_map']
+           'drawn', 'better_by_seed', 'Effect', 'tests_of', 'verdicts_of', 'effects_of', 'against_reference',
+           'of_claims', 'comparisons', 'Expectation', 'lab_table', 'effect_number', 'effect_table', 'effect_plot',
+           'read_costs', 'kl_after', 'lab_costs', 'lab_map']
 
 # %% ../../nbs/56_laboratory.ipynb #cb66a216
 import re
@@ -45,9 +45,15 @@ def read_lab(runs_dir: str | Path = "runs") -> Results:
             for r in found if r.metrics is not None], SUITES)
 
 def lab_score(run: Run, score: str, who: str = "student", where: str = "average") -> float:
-    "A score of a run, in the mean over the test sets or on one of them."
+    """A score of a run, in the mean over the test sets or on one of them; of exact match the
+    expected one, if the run has it."""
     scores = run.metrics[who]
-    return scores["average"][score] if where == "average" else scores["test"][where][score]
+    scores = scores["average"] if where == "average" else scores["test"][where]
+    return scores.get(f"expected_{score}", scores[score])
+
+def drawn(run: Run) -> bool:
+    "Whether the exact match of a run is that of drawn answers."
+    return "expected_exact" not in run.metrics["student"]["average"]
 
 # %% ../../nbs/56_laboratory.ipynb #1a92cd72
 def better_by_seed(results: Results, suite: str, better: str, worse: str, score: str,
@@ -183,12 +189,14 @@ def _mean_sd(values: Sequence[float], digits: int) -> str:
 def lab_table(results: Results, suite: str) -> str:
     "Scores of every cell as a Markdown table: mean ± sd over the seeds; start and teacher last."
     cells, rows = results.cells(suite), []
+    luck = " of draws" if any(map(drawn, sum(cells.values(), []))) else ""
     reference = cells.get(SUITES[suite].reference) or next(iter(cells.values()))
     for cell, runs, who in [*((f"`{c}`", r, "student") for c, r in cells.items()),
             ("(start)", reference[:1], "student_start"), ("(teacher)", reference[:1], "teacher")]:
         row = {"cell": cell, "seeds": len(runs) if who == "student" else ""}
         for s, m in SCORES.items():
-            row[m.label] = _mean_sd([lab_score(r, s, who) for r in runs], m.digits)
+            label = m.label + luck if s == DECIDES else m.label
+            row[label] = _mean_sd([lab_score(r, s, who) for r in runs], m.digits)
         rows.append(row)
     return markdown_table(rows)
 
