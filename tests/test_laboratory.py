@@ -1,13 +1,14 @@
 "The laboratory's study: pairs by seed, the rule, tables that say what the runs hold."
 import json
+from dataclasses import replace
 import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp
 from mgsr_nb.files import write_json
 from mgsr_nb.study.laboratory import (
-    BETTER, EXPECTED, SAME, SCORES, WORSE, against_reference, better_by_seed, lab_costs, effect_table, effects_of, lab_map, effect_plot, lab_score,
+    BETTER, EXPECTED, SAME, SCORES, WORSE, against_reference, better_by_seed, lab_costs, effect_table, effects_of, lab_map, effect_plot, lab_score, largest,
     lab_table, of_claims, read_costs, read_lab)
-from mgsr_nb.study.statistics import FAILS, HOLDS, NEGLIGIBLE, OPEN, PARTED
+from mgsr_nb.study.statistics import FAILS, HOLDS, NEGLIGIBLE, OPEN, PARTED, SeedTest
 from mgsr_nb.study.records import read_results
 from mgsr_nb.study.suites import SUITES
 
@@ -71,6 +72,25 @@ def test_tables_hold_every_cell_and_comparison(results):
     lines = effect_table(effects).splitlines()[2:]
     assert len(lines) == len(effects) == 3 and '`scrg`' in lines[0] and '**better**' in lines[0] and '+5.0&nbsp;±&nbsp;0.3' in lines[0]
     assert len(effect_plot(effects).axes) == 2
+
+def test_an_open_comparison_says_how_large_it_can_be_and_others_do_not(results):
+    (effect,) = effects_of(results, 'components', [('scrg', 'none')])
+    table = effect_table([replace(effect, verdict=OPEN), effect]).splitlines()
+    test = effect.tests['exact']
+    assert f'**not resolved**: at most {abs(test.mean) + test.half:.1f} points' in table[2] and 'at most' not in table[3]
+    assert largest(SeedTest(5, -2., .5, 0, 0)) == 2.5
+
+def test_exact_match_is_the_expected_one_where_a_run_has_it(tmp_path):
+    write(tmp_path, 'none')
+    before = lab_table(read_lab(tmp_path), 'components')
+    for k in range(5):
+        path = tmp_path/f'components+lab/none/seed{k}/metrics.json'
+        metrics = json.loads(path.read_text())
+        for who in ('student_start', 'student', 'teacher'): metrics[who]['average']['expected_exact'] = 12.5
+        write_json(path, metrics)
+    found = read_lab(tmp_path)
+    assert lab_score(found.runs[0], 'exact') == 12.5 and lab_score(found.runs[0], 'greedy_exact') == found.runs[0].metrics['student']['average']['greedy_exact']
+    assert '| exact match of draws |' in before and '| exact match |' in lab_table(found, 'components') and '12.5' not in before
 
 def test_the_other_reader_leaves_them_alone(tmp_path):
     write(tmp_path, 'none')

@@ -50,7 +50,10 @@ def test_summary_has_a_line_a_suite_with_what_became_of_its_comparisons(tmp_path
         for k in range(5): add(tmp_path, 'loss_weights', cell, k, shift + (cell != 'one') * 1e-3 * k)
     for cell, shift in (('none', 0.), ('phrases', .1)):
         for k in range(5): add(tmp_path, 'spans', cell, k, shift)
+    for k in range(5): add(tmp_path, 'f_sub', 'hidden=1', k, 0.), add(tmp_path, 'f_sub', 'hidden=0', k, (-.2, .2, .1, 0, 0)[k])
     table = summary_table(read_results(tmp_path, SUITES), 'nll').splitlines()
-    assert table[0] == '| suite | cells | seeds | better | worse | no difference | better by one metric, worse by another | not resolved |'
-    assert '| `loss_weights` | 3 of 3 | 5 | 1 | 1 | 0 | 0 | 0 |' in table and '| `spans` | 2 of 2 | 5 | 0 | 1 | 0 | 0 | 0 |' in table
-    assert table[-1] == '| all |  |  | 1 | 2 | 0 | 0 | 0 |' and summary_table(read_results(tmp_path/'nothing', SUITES), 'nll') == ''
+    assert table[0] == '| suite | cells | seeds | better | worse | no difference | better by one metric, worse by another | not resolved | open: at most, nats |'
+    assert '| `loss_weights` | 3 of 3 | 5 | 1 | 1 | 0 | 0 | 0 |  |' in table and '| `spans` | 2 of 2 | 5 | 0 | 1 | 0 | 0 | 0 |  |' in table
+    # by hand: mean 0.02, sd 0.1483, half of the interval 2.776 * 0.1483 / 5 ** 0.5
+    assert next(line for line in table if 'f_sub' in line).endswith('| 0 | 0 | 0 | 0 | 1 | 0.204 |')
+    assert table[-1] == '| all |  |  | 1 | 2 | 0 | 0 | 1 |  |' and summary_table(read_results(tmp_path/'nothing', SUITES), 'nll') == ''

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCORES', 'DECIDES', 'AGREES', 'AGAINST', 'REAL', 'BETTER', 'WORSE', 'SAME', 'EXPECTED', 'read_lab', 'lab_score',
            'drawn', 'better_by_seed', 'Effect', 'tests_of', 'verdicts_of', 'effects_of', 'against_reference',
-           'of_claims', 'comparisons', 'Expectation', 'lab_table', 'effect_number', 'effect_table', 'effect_plot',
-           'read_costs', 'kl_after', 'lab_costs', 'lab_map']
+           'of_claims', 'comparisons', 'Expectation', 'lab_table', 'effect_number', 'largest', 'effect_table',
+           'effect_plot', 'read_costs', 'kl_after', 'lab_costs', 'lab_map']
 
 # %% ../../nbs/56_laboratory.ipynb #cb66a216
 import re
@@ -21,7 +21,7 @@ from ..config import resolve
 from ..run.folder import runs_root
 from .records import Results, Run, read_run
 from .statistics import (
-    MARGINS, Metric, SeedTest, agreed, in_words, seed_test, verdicts)
+    MARGINS, OPEN, Metric, SeedTest, agreed, in_words, seed_test, verdicts)
 from .suites import SUITES, Claim
 from .tables import PLUS_MINUS, _effect, markdown_table
 from .figures import _axes, _finished
@@ -204,14 +204,25 @@ def effect_number(test: SeedTest, score: str) -> str:
     "An effect and half the width of its interval."
     return _effect(test.mean, test.half, SCORES[score].digits)
 
+def largest(test: SeedTest) -> float:
+    "No larger effect, in either direction, is inside the 95 % interval."
+    return abs(test.mean) + test.half
+
+def _said(effect: Effect) -> str:
+    "A verdict in words; one that is open with what can be excluded by the score that decides."
+    words, (score, test) = f"**{in_words(effect.verdict)}**", next(iter(effect.tests.items()))
+    if not effect.verdict.startswith(OPEN): return words
+    metric = SCORES[score]
+    return f"{words}: at most {largest(test):.{metric.digits}f} {metric.unit}"
+
 def effect_table(effects: Sequence[Effect], expected: Optional[Expectation] = None,
         shown: Sequence[str] = ("exact", "truth_kl", "rouge_l"),
         claims: Sequence[Claim] = ()) -> str:
-    """Comparisons as a Markdown table, each with its verdict and, if it was said, what was
-    expected; where it is one of the paper's `claims`, with the place in the paper."""
+    """Comparisons as a Markdown table, each with its verdict, if that is open with the `largest`
+    effect, and, if it was said, what was expected; one of the paper's `claims` with its place."""
     said = {(c.better, c.worse): f" ({c.source.split(';')[0]})" for c in claims}
     return markdown_table([{"better?": f"`{e.better}` than `{e.worse}`"
-                + said.get((e.better, e.worse), ""), "verdict": f"**{in_words(e.verdict)}**"}
+                + said.get((e.better, e.worse), ""), "verdict": _said(e)}
         | ({"expected": expected.of(e.better)} if expected else {})
         | {SCORES[s].label: effect_number(e.tests[s], s).replace(" ± ", PLUS_MINUS)
             for s in shown} for e in effects])
