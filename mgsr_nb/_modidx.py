@@ -909,6 +909,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mgsr_nb.study.pages.chapter_markdown': ('pages.html#chapter_markdown', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages.gaps': ('pages.html#gaps', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages.lab_figures': ('pages.html#lab_figures', 'mgsr_nb/study/pages.py'),
+                                     'mgsr_nb.study.pages.lab_lines': ('pages.html#lab_lines', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages.lab_markdown': ('pages.html#lab_markdown', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages.notes': ('pages.html#notes', 'mgsr_nb/study/pages.py'),
                                      'mgsr_nb.study.pages.pictured': ('pages.html#pictured', 'mgsr_nb/study/pages.py'),

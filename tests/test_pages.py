@@ -37,7 +37,7 @@ def test_every_figure_of_a_suite_says_what_it_shows(results):
 
 def test_the_page_of_all_tables_has_every_part(tmp_path):
     text = suite_markdown(uneven(tmp_path), 'spans')
-    for said in ('2 of 2 cells, 3 training seeds, 3 prompts of 2 sets', 'for no verdict:* the same by NLL without', '| without `b` |', '| `phrases` than `none` (Table 9) | **not resolved (3 seeds)** |'): assert said in text, said
+    for said in ('2 of 2 cells, 3 training seeds, 3 prompts of 2 sets', 'for no verdict:* the same by NLL without', '| without `b` |', '| `phrases` than `none` (Table 9) | **not resolved (3 seeds)**: at most 0.597 nats |'): assert said in text, said
     assert all(len(p.split()) <= 80 for p in text.split('\n\n') if not p.startswith('|'))
 
 def shown(monkeypatch, *args):
@@ -91,6 +91,21 @@ def test_a_chapter_says_what_the_laboratory_says_once_there_are_seeds(tmp_path):
     text = pages.chapter_markdown(read_lab(tmp_path), [FINDING], 'components', 'x.png')
     assert '*What does each component add' in text and '- **SCRG helps.** exact match +3.2 ± 0.2 points after 300 updates, *better*.' in text and '](x.png)' in text and '| `scrg` than `none` | **better** |' in text
     assert [len(a.lines) > 0 for a in pages.chapter_figure(read_lab(tmp_path), 'components').axes][:2] == [True, True]
+
+def test_a_suite_that_varies_two_things_has_a_figure_of_its_own(tmp_path, monkeypatch):
+    lab_runs(tmp_path)
+    moved = {'none': [f'kd,steps={n}' for n in (300, 600)], 'scrg': [f'mgsr,steps={n}' for n in (300, 600)]}
+    for cell, names in moved.items():
+        for name in names: shutil.copytree(tmp_path/'components+lab'/cell, tmp_path/'updates+lab'/name)
+    lab = read_lab(tmp_path)
+    left, right = pages.lab_lines(lab, 'updates').axes
+    line = lambda ax, k: [list(map(float, ax.containers[k].lines[0].get_ydata())), [p[1, 1] - p[0, 1] for p in ax.containers[k].lines[2][0].get_segments()]]
+    assert line(left, 0)[0] == pytest.approx([12, 12]) or line(left, 1)[0] == pytest.approx([12, 12])       # 10 + 0..4
+    # 3, 3.1 ... 3.4: mean 3.2, and 2.776 standard errors of 0.0707 on either side
+    assert len(right.containers) == 1 and line(right, 0)[0] == pytest.approx([3.2, 3.2]) and line(right, 0)[1] == pytest.approx([2 * 2.776 * .0707] * 2, abs=1e-3)
+    assert [t.get_text() for t in right.get_xticklabels()] == ['300', '600'] and right.get_xlabel() == 'steps'
+    said = shown(monkeypatch, {'lab': lab, 'smollm2': read_results(tmp_path)}, [], 'updates')
+    assert [type(p) for p in said] == [Markdown, Image, Markdown] and pages.chapter_figure(lab, 'updates').get_label() in pages.chapter_markdown(lab, [], 'updates', 'x.png')
 
 def test_texts_stand_beside_each_other_set_by_set(tmp_path):
     row = lambda of, name, k, text, seed=10, **more: dict(of=of, set=name, seed=seed, id=f'{name}-{k}', instruction='Add.', prediction=text, **more)
