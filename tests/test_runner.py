@@ -83,7 +83,7 @@ def test_every_suite_is_valid_under_every_preset():
             assert all(resolve(j.params).save_student is False for j in jobs)
 
 def test_suites_have_what_was_asked_for():
-    assert {'loss_weights', 'fixed_clipping', 'components', 'sampling', 'dac_parts', 'divergences', 'baselines', 'corrections', 'f_sub', 'spans', 'capacity', 'temperature', 'readings', 'sizes', 'relatives', 'alpha_beta', 'updates', 'longer'} == set(SUITES)
+    assert {'loss_weights', 'fixed_clipping', 'components', 'sampling', 'dac_parts', 'divergences', 'baselines', 'corrections', 'f_sub', 'spans', 'capacity', 'temperature', 'readings', 'sizes', 'relatives', 'alpha_beta', 'updates', 'longer', 'small'} == set(SUITES)
     weights = {(resolve(c).dac_weight, resolve(c).span_weight) for c in SUITES['loss_weights'].cells.values()}
     assert weights == {(1, 0), (0, 1), (.5, .5), (1, .5), (.5, 1), (1, 1)}
     clips = {n: resolve(c) for n, c in SUITES['fixed_clipping'].cells.items() if isinstance(c, dict)}

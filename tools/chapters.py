@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NB_DIR = ROOT/'nbs'
 ID = 'in-the-laboratory'
 TITLE = '## In the laboratory\n\n<!-- made from the runs by `make report` -->'
-CHAPTERS = {'13_divergences': ('divergences', 'alpha_beta'), '14_dac_kl': ('fixed_clipping', 'readings', 'dac_parts'), '15_span': ('spans',),
-            '16_objective': ('longer', 'loss_weights', 'components'), '19_sampling': ('sampling',), '20_scrg': ('corrections',), '21_minillm': ('baselines', 'relatives')}
+CHAPTERS = {'13_divergences': ('divergences', 'alpha_beta'), '14_dac_kl': ('fixed_clipping', 'readings', 'dac_parts', 'f_sub'), '15_span': ('spans',),
+            '16_objective': ('longer', 'small', 'loss_weights', 'components'), '19_sampling': ('sampling',), '20_scrg': ('corrections',), '21_minillm': ('baselines', 'relatives')}
 NOTHING = 'Too few runs yet: {}. What the real pair says after its first steps is on [the page of all tables](details.ipynb).'
 
 

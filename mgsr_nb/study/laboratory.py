@@ -173,6 +173,11 @@ EXPECTED = {
     "longer": Expectation("Said when three seeds of MGSR and KD were known: a denser loss is ahead "
         "early, and the others catch up; what the teacher writes itself stays ahead.",
         {"no_span": BETTER, "every_token,K=5": BETTER, "sft": WORSE}),
+    "small": Expectation("Said when one run of SFT was known, which ends at 62 % of the first set "
+        "where its teacher has 91: a student that cannot have everything does well to choose. What "
+        "the teacher writes or finds unlikely is spared by DAC-KL and by a loss that seeks the "
+        "modes, and the student's own text shows where it fails.",
+        dict.fromkeys(("no_dac", "kd", "sft"), WORSE) | {"alpha=0.2,beta=0.7": BETTER}),
     "temperature": Expectation("KD's student is the less sharp of the two: the lower the "
         "temperature, the more it gains.", {f"mgsr,T={t}": WORSE for t in ("1", "0.7", "0")}),
     "sizes": Expectation("A student that cannot follow the teacher everywhere gains least from "

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'loss_weights', 'fixed_clipping', 'components', 'sampling', 'dac_parts', 'divergences', 'baselines',
            'corrections', 'f_sub', 'spans', 'capacity', 'TEMPERATURES', 'temperature', 'readings', 'relatives',
-           'POWERS', 'alpha_beta', 'STUDENTS', 'sizes', 'STEPS', 'updates', 'longer', 'SUITES', 'After', 'Claim',
-           'Suite', 'learned_means']
+           'POWERS', 'alpha_beta', 'STUDENTS', 'sizes', 'STEPS', 'updates', 'longer', 'small', 'SUITES', 'After',
+           'Claim', 'Suite', 'learned_means']
 
 # %% ../../nbs/47_suites.ipynb #2a21ff54
 from dataclasses import dataclass, field
@@ -216,8 +216,11 @@ longer = Suite({name: dict(params, max_steps=1200) for name, params in _longer.i
          "Section 3.2; the paper shows no such ablation"),
      Claim("MGSR, rather than KD", "mgsr", "kd", "Table 1")))
 
+small = Suite({name: dict(cell, student="lab-32x2") for name, cell in longer.cells.items()}, "mgsr",
+    "And where the student cannot follow its teacher, however long it learns?", longer.claims)
+
 SUITES = dict(loss_weights=loss_weights, fixed_clipping=fixed_clipping, components=components,
     sampling=sampling, dac_parts=dac_parts, divergences=divergences, baselines=baselines,
     corrections=corrections, f_sub=f_sub, spans=spans, capacity=capacity, temperature=temperature,
     readings=readings, sizes=sizes, relatives=relatives, alpha_beta=alpha_beta, updates=updates,
-    longer=longer)
+    longer=longer, small=small)
