@@ -40,6 +40,15 @@ def test_data_start_and_teacher_are_kept_whole_of_one_seed(tmp_path):
     of = lambda seed: json.loads((tmp_path/f'cell/seed{seed}/metrics.json').read_text('utf-8'))
     assert of(0) == whole and of(1) == {who: part | ({} if who == 'student' else {'test': {}}) for who, part in whole.items() if who != 'data'}
 
+def test_a_log_keeps_its_validations(tmp_path):
+    log = 'step,loss,validation_nll\n0,,2.0\n10,1.5,\n20,1.25,nan\n30,1.0,0.5\n40,0.5,\n'
+    for seed in (0, 1):
+        run = a_run(tmp_path/f'cell/seed{seed}')
+        (run/'log.csv').write_text(log, encoding='utf-8')
+        compact_runs.compact(run, run)
+    of = lambda seed: (tmp_path/f'cell/seed{seed}/log.csv').read_text('utf-8')
+    assert of(0) == log and of(1) == 'step,loss,validation_nll\n0,,2.0\n30,1.0,0.5\n40,0.5,\n'
+
 def test_only_finished_runs_are_brought(tmp_path, monkeypatch, capsys):
     a_run(tmp_path/'suite/cell/seed0')
     (a_run(tmp_path/'suite/cell/seed1')/'metrics.json').unlink()

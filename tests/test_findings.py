@@ -71,6 +71,21 @@ def test_the_chapters_say_what_the_laboratory_says(capsys):
         cell = next(c for c in nbformat.read(ROOT/'nbs'/f'{name}.ipynb', as_version=4).cells if c.id == chapters.ID)
         for image in re.findall(r'\]\((images/[^)]*)\)', cell.source): assert (ROOT/'nbs'/image).is_file(), image
 
+def test_what_is_said_in_words_is_what_the_runs_say(committed):
+    "How much of the gap a run closes, and what KD costs, stand in prose on the first pages."
+    from mgsr_nb.study.laboratory import lab_score, read_costs
+    number = ('no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten')
+    cells = committed[1]['lab'].cells('updates')
+    def closed(run):
+        at, start, teacher = (lab_score(run, 'exact', who) for who in ('student', 'student_start', 'teacher'))
+        return (at - start) / (teacher - start)
+    early, late = (number[round(sum(10 * closed(r) for r in cells[f'mgsr,steps={n}']) / 5)] for n in (300, 1200))
+    text = lambda name: '\n'.join(c.source for c in nbformat.read(ROOT/'nbs'/f'{name}.ipynb', as_version=4).cells)
+    assert f'300 updates, which close {early} tenths of the gap between them, or 1,200, which close {late} (' in text('report')
+    assert f'closed {early} tenths of the gap to its teacher, after 1,200 {late} tenths' in text('index')
+    costs = read_costs(ROOT/'runs').set_index(['suite', 'cell']).ratio
+    assert round(costs['relatives', 'mgsr']) == 4 and any('at a quarter of the cost' in f.says and f.better == 'kd' for f in committed[0])
+
 def test_the_example_in_the_documentation_is_the_committed_quickstart(monkeypatch):
     monkeypatch.chdir(ROOT/'nbs')
     *before, last = ast.parse(next(c.source for c in nbformat.read('usage.ipynb', as_version=4).cells if 'runs/examples/quickstart/metrics.json' in c.source)).body

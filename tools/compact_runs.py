@@ -1,4 +1,5 @@
-"""Make finished runs small enough to be committed: six digits of every score and four of the log; texts, the data, and all scores of start and teacher of one seed only.
+"""Make finished runs small enough to be committed: six digits of every score and four of the log; of one seed only: texts, the data, all scores of
+start and teacher, and what is logged between two validations.
 
     python tools/compact_runs.py runs/readings+lab                         # in place
     python tools/compact_runs.py OTHER/runs/readings+lab --to runs         # bring a suite from another checkout
@@ -10,7 +11,7 @@ import argparse, csv, io, json
 from pathlib import Path
 from mgsr_nb.files import write_atomic
 
-TEXTS, ONCE = 'samples.jsonl', ('student_start', 'teacher')
+TEXTS, ONCE, CHECKED = 'samples.jsonl', ('student_start', 'teacher'), 'validation_nll'
 
 
 def short(x, digits=6):
@@ -26,9 +27,13 @@ def short_cell(text):
     except ValueError: return text
 
 
-def short_table(text):
+def short_table(text, whole=True):
+    "A log; if it is not to be `whole`, its steps with a validation, and the last."
+    header, *rows = csv.reader(io.StringIO(text))
+    at = header.index(CHECKED) if CHECKED in header else None
+    if not whole and at is not None: rows = [row for row in rows if row[at] not in ('', 'nan') or row is rows[-1]]
     out = io.StringIO()
-    csv.writer(out, lineterminator='\n').writerows([short_cell(cell) for cell in row] for row in csv.reader(io.StringIO(text)))
+    csv.writer(out, lineterminator='\n').writerows([header, *([short_cell(cell) for cell in row] for row in rows)])
     return out.getvalue()
 
 
@@ -42,7 +47,7 @@ def compact(run, target):
         metrics |= {who: metrics[who] | {'test': {}} for who in ONCE if who in metrics}
     # a line for each part of the metrics, so that a difference can be read
     parts = ',\n'.join(f'{json.dumps(key)}: {json.dumps(short(value), ensure_ascii=False)}' for key, value in metrics.items())
-    files = {'config.json': text('config.json'), 'log.csv': short_table(text('log.csv')), 'metrics.json': '{' + parts + '}\n'}
+    files = {'config.json': text('config.json'), 'log.csv': short_table(text('log.csv'), run.name == 'seed0'), 'metrics.json': '{' + parts + '}\n'}
     if run.name != 'seed0': (target/TEXTS).unlink(missing_ok=True)
     elif (run/TEXTS).exists(): files[TEXTS] = text(TEXTS)
     for name, content in files.items(): write_atomic(target/name, content)
