@@ -897,6 +897,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mgsr_nb.study.overview.open_at_most': ('overview.html#open_at_most', 'mgsr_nb/study/overview.py'),
                                         'mgsr_nb.study.overview.rank_correlation': ( 'overview.html#rank_correlation',
                                                                                      'mgsr_nb/study/overview.py'),
+                                        'mgsr_nb.study.overview.sft_alone': ('overview.html#sft_alone', 'mgsr_nb/study/overview.py'),
                                         'mgsr_nb.study.overview.summary_table': ( 'overview.html#summary_table',
                                                                                   'mgsr_nb/study/overview.py'),
                                         'mgsr_nb.study.overview.verdict_counts': ( 'overview.html#verdict_counts',

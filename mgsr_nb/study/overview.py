@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ODDITIES', 'GPT2', 'verdict_counts', 'open_at_most', 'summary_table', 'not_run_sentence', 'failures_markdown',
-           'each_run', 'rank_correlation', 'correlations', 'compare']
+           'sft_alone', 'each_run', 'rank_correlation', 'correlations', 'compare']
 
 # %% ../../nbs/59_overview.ipynb #fb8dbbc2
 import json
@@ -17,7 +17,8 @@ from mgsr_nb.study.statistics import (
     FAILS, HOLDS, METRICS, NEGLIGIBLE, OPEN, PARTED, better_by, in_words, prompt_interval,
     run_score)
 from .tables import _effect, _listed, _number, markdown_table, of_answers
-from .laboratory import SCORES, comparisons, largest, tests_of, verdicts_of
+from .laboratory import (
+    SCORES, _mean_sd, comparisons, lab_score, largest, tests_of, verdicts_of)
 
 # %% ../../nbs/59_overview.ipynb #65b7a1d9
 def verdict_counts(results: Results, suite: str, score: str) -> dict[str, int]:
@@ -62,6 +63,29 @@ def failures_markdown(results: Results) -> str:
     rows = [{"run": f"`{r.suite}/{r.cell}/seed{r.seed}`", "error": " ".join(r.error.split())[:300]}
         for r in results.runs if r.error]
     return markdown_table(rows) or "No run failed."
+
+# %% ../../nbs/59_overview.ipynb #be74498e
+def sft_alone(results: Results, where: str = "lab") -> str:
+    """Exact match on the test set `where`, and validation NLL, of the students that SFT alone
+    trained, by student and updates, and of their teacher, as a Markdown table: mean ± sd over the
+    seeds. Empty without such runs."""
+    found, rows = {}, []
+    for r in results.runs:
+        config = r.metrics["config"]
+        key = config["max_steps"], len(config["student"]), config["student"]
+        if config.get("method") == "sft" and r.usable: found.setdefault(key, {})[r.seed] = r
+    def row(name, updates, runs, who):
+        return {"trained by SFT alone": f"`{name}`", "updates": f"{updates:,}", "seeds": len(runs),
+            **{SCORES[s].label: _mean_sd([lab_score(r, s, who, where) for r in runs], 1)
+                for s in ("exact", "greedy_exact")},
+            "validation NLL": _mean_sd([r.metrics[who]["validation"]["nll"] for r in runs], 3)}
+    for (updates, _, student), runs in sorted(found.items()):
+        rows.append(row(student, updates, list(runs.values()), "student"))
+    if rows:
+        first = min(next(iter(found.values())).values(), key=lambda r: r.seed)
+        config = first.metrics["config"]
+        rows.append(row(config["teacher"], config["teacher_sft_steps"], [first], "teacher"))
+    return markdown_table(rows)
 
 # %% ../../nbs/59_overview.ipynb #8d656077
 # runs older than the parameter drew at 1
