@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['SCORES', 'DECIDES', 'AGREES', 'AGAINST', 'REAL', 'BETTER', 'WORSE', 'SAME', 'EXPECTED', 'read_lab', 'lab_score',
            'drawn', 'better_by_seed', 'Effect', 'tests_of', 'verdicts_of', 'effects_of', 'against_reference',
-           'of_claims', 'comparisons', 'Expectation', 'lab_table', 'effect_number', 'largest', 'effect_table',
-           'effect_plot', 'read_costs', 'kl_after', 'lab_costs', 'lab_map']
+           'of_claims', 'comparisons', 'Expectation', 'expected', 'lab_table', 'effect_number', 'largest',
+           'effect_table', 'effect_plot', 'read_costs', 'kl_after', 'lab_costs', 'lab_map']
 
 # %% ../../nbs/56_laboratory.ipynb #cb66a216
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Optional
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -47,8 +46,8 @@ def read_lab(runs_dir: str | Path = "runs") -> Results:
 def lab_score(run: Run, score: str, who: str = "student", where: str = "average") -> float:
     """A score of a run, in the mean over the test sets or on one of them; of exact match the
     expected one, if the run has it."""
-    scores = run.metrics[who]
-    scores = scores["average"] if where == "average" else scores["test"][where]
+    of = run.metrics[who]
+    scores = of["average"] if where == "average" else of["test"][where]
     return scores.get(f"expected_{score}", scores[score])
 
 def drawn(run: Run) -> bool:
@@ -124,8 +123,6 @@ class Expectation:
     why: str
     cells: dict[str, str] = field(default_factory=dict)
 
-    def of(self, cell: str) -> str: return self.cells.get(cell, SAME)
-
 EXPECTED = {
     "loss_weights": Expectation("The span loss alone says nothing about single tokens. Otherwise "
         "the scale of a loss is largely undone by Adam and by the SFT term beside it.",
@@ -186,6 +183,13 @@ EXPECTED = {
             for cell in SUITES["sizes"].cells}),
 }
 
+def expected(suite: str, better: str, worse: str) -> str:
+    "What was expected of a comparison; empty if that says nothing of it."
+    said, described = EXPECTED[suite].cells, SUITES[suite]
+    against = described.reference if described.against_reference else worse
+    if worse == against: return said.get(better, SAME)
+    return {BETTER: WORSE, WORSE: BETTER}.get(said.get(worse), SAME) if better == against else ""
+
 # %% ../../nbs/56_laboratory.ipynb #583642cc
 def _mean_sd(values: Sequence[float], digits: int) -> str:
     sd = f"{PLUS_MINUS}{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
@@ -220,15 +224,15 @@ def _said(effect: Effect) -> str:
     metric = SCORES[score]
     return f"{words}: at most {largest(test):.{metric.digits}f} {metric.unit}"
 
-def effect_table(effects: Sequence[Effect], expected: Optional[Expectation] = None,
+def effect_table(effects: Sequence[Effect], suite: str = "",
         shown: Sequence[str] = ("exact", "truth_kl", "rouge_l"),
         claims: Sequence[Claim] = ()) -> str:
-    """Comparisons as a Markdown table, each with its verdict, if that is open with the `largest`
-    effect, and, if it was said, what was expected; one of the paper's `claims` with its place."""
+    """Comparisons as a Markdown table, each with its verdict, if that is open the `largest` effect,
+    and what was expected in the `suite`; the paper's `claims` with their place."""
     said = {(c.better, c.worse): f" ({c.source.split(';')[0]})" for c in claims}
     return markdown_table([{"better?": f"`{e.better}` than `{e.worse}`"
                 + said.get((e.better, e.worse), ""), "verdict": _said(e)}
-        | ({"expected": expected.of(e.better)} if expected else {})
+        | ({"expected": expected(suite, e.better, e.worse)} if suite in EXPECTED else {})
         | {SCORES[s].label: effect_number(e.tests[s], s).replace(" ± ", PLUS_MINUS)
             for s in shown} for e in effects])
 
@@ -292,5 +296,5 @@ def lab_map(results: Results, suite: str = "alpha_beta", score: str = DECIDES) -
     ax.set(xlabel="power of the teacher (alpha)", ylabel="power of the student (beta)",
         xlim=(-0.3, 1.3), ylim=(-0.3, 1.3))
     figure.colorbar(shades, label=SCORES[score].label)
-    return _finished(figure, f"{SCORES[score].label} over the powers of the alpha-beta divergence: "
-        "forward KL is at (1, 0), reverse KL at (0, 1).")
+    return _finished(figure, f"{SCORES[score].label} over the two powers: forward KL is at (1, 0), "
+        "reverse KL at (0, 1).")

@@ -149,11 +149,10 @@ def pictured(figure: Figure):
 def lab_markdown(results: Results, suite: str, costs: pd.DataFrame) -> str:
     "All scores, comparisons and measured costs (`read_costs`) of a suite of the laboratory."
     effects = effects_of(results, suite, comparisons(results, suite))
-    expected = EXPECTED.get(suite)
     parts = [f"**In the laboratory.** {size(results, suite)}. Mean ± sd over the seeds.",
         lab_table(results, suite),
-        f"*Expected before the runs:* {expected.why}" if expected else "",
-        effect_table(effects, expected, tuple(SCORES), results.described(suite).claims)]
+        f"*Expected before the runs:* {EXPECTED[suite].why}" if suite in EXPECTED else "",
+        effect_table(effects, suite, tuple(SCORES), results.described(suite).claims)]
     if found := lab_costs(results, suite, costs):
         parts += ["What it costs, as ratios in one run, and the KL to the teacher on the "
             "validation set:", found]
@@ -234,7 +233,7 @@ def _page(results: Results, suite: str, scores: Sequence[str] = tuple(SCORES)) -
     effects = effects_of(results, suite, comparisons(results, suite), scores)
     if not effects: return []
     if scores == REAL: table, shown = effect_table(effects, shown=REAL), ("nll", "rouge_l")
-    else: table, shown = effect_table(effects, EXPECTED.get(suite)), ("exact", "truth_kl")
+    else: table, shown = effect_table(effects, suite), ("exact", "truth_kl")
     own = OWN_FIGURE.get(suite) if scores != REAL else None
     figure = own(results, suite) if own else effect_plot(effects, shown)
     return [pictured(figure), Markdown(f"{size(results, suite)}.\n\n{table}")]
@@ -258,7 +257,7 @@ def chapter_markdown(lab: Results, findings: Sequence[Finding], suite: str, imag
     return "\n\n".join(p for p in (f"*{lab.described(suite).question}*", "\n".join(said),
         f"![{chapter_figure(lab, suite).get_label()}]({image})",
         f"{size(lab, suite)}; all numbers are on [the page of all tables](details.ipynb).",
-        effect_table(effects, EXPECTED.get(suite))) if p)
+        effect_table(effects, suite)) if p)
 
 # %% ../../nbs/58_pages.ipynb #596f6084
 def texts_table(folder: str | Path, wanted: dict[str, int]) -> str:
