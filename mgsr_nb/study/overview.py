@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ODDITIES', 'GPT2', 'verdict_counts', 'open_at_most', 'summary_table', 'not_run_sentence', 'failures_markdown',
-           'sft_alone', 'each_run', 'rank_correlation', 'correlations', 'compare']
+           'sft_alone', 'where_pairs_part', 'each_run', 'rank_correlation', 'correlations', 'compare']
 
 # %% ../../nbs/59_overview.ipynb #fb8dbbc2
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -17,8 +18,9 @@ from mgsr_nb.study.statistics import (
     FAILS, HOLDS, METRICS, NEGLIGIBLE, OPEN, PARTED, better_by, in_words, prompt_interval,
     run_score)
 from .tables import _effect, _listed, _number, markdown_table, of_answers
-from .laboratory import (
-    SCORES, _mean_sd, comparisons, lab_score, largest, tests_of, verdicts_of)
+from mgsr_nb.study.laboratory import (
+    REAL, SCORES, _mean_sd, comparisons, effect_number, lab_score, largest, tests_of,
+    verdicts_of)
 
 # %% ../../nbs/59_overview.ipynb #65b7a1d9
 def verdict_counts(results: Results, suite: str, score: str) -> dict[str, int]:
@@ -86,6 +88,27 @@ def sft_alone(results: Results, where: str = "lab") -> str:
         config = first.metrics["config"]
         rows.append(row(config["teacher"], config["teacher_sft_steps"], [first], "teacher"))
     return markdown_table(rows)
+
+# %% ../../nbs/59_overview.ipynb #a915eb50
+def where_pairs_part(lab: Results, real: Results, scores: Sequence[str] = REAL) -> str:
+    """How often comparisons that two pairs ran have the same sign by each of the `scores`, and a
+    table of those whose intervals lie on opposite sides of zero. Empty without any in common."""
+    signs, rows = [], []
+    for score in scores:
+        both = {(suite, p): (ours[p], theirs[p]) for suite in lab.names
+            for ours, theirs in [[tests_of(r, suite, comparisons(r, suite), score)
+                for r in (lab, real)]] for p in ours.keys() & theirs.keys()}
+        same = sum(a.mean * b.mean > 0 for a, b in both.values())
+        signs.append(f"{SCORES[score].label} in {same}")
+        rows += [{"better?": f"`{one}` than `{other}`", "score": SCORES[score].label,
+                "laboratory": effect_number(a, score), "real pair": effect_number(b, score)}
+            for (_, (one, other)), (a, b) in sorted(both.items()) if a.mean * b.mean < 0
+            and all(abs(t.mean) > t.half for t in (a, b))]
+    if not both: return ""
+    said = (f"Of {len(both)} comparisons that both pairs ran, the effects have the same sign by "
+        f"{_listed(signs)}.")
+    return f"{said} Both intervals leave out zero, on opposite sides:\n\n{markdown_table(rows)}" \
+        if rows else f"{said} Nowhere are both sure of opposite things."
 
 # %% ../../nbs/59_overview.ipynb #8d656077
 # runs older than the parameter drew at 1
