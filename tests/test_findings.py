@@ -86,6 +86,8 @@ def test_what_is_said_in_words_is_what_the_runs_say(committed):
     text = lambda name: '\n'.join(c.source for c in nbformat.read(ROOT/'nbs'/f'{name}.ipynb', as_version=4).cells)
     assert f'With 1,200 updates they close {small} and {late} tenths of the gap to it; with 300, which most suites have, the larger one closes {early} (' in text('report')
     assert f'it has closed {small} tenths of the gap. A *larger* one of 0.14 million closes {late} tenths.' in text('index')
+    first = lab.cells('small')['sft'][0]
+    assert lab_score(first, 'exact', 'student', 'lab') / lab_score(first, 'exact', 'teacher', 'lab') == pytest.approx(2 / 3, abs=.03) and 'SFT alone ends at two thirds of what its teacher gets right of the first set' in text('details')
     costs = read_costs(ROOT/'runs').set_index(['suite', 'cell']).ratio
     assert round(costs['relatives', 'mgsr']) == 4 and any('at a quarter of the cost' in f.says and f.better == 'kd' for f in committed[0])
 
