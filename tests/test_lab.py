@@ -100,10 +100,11 @@ def test_the_expected_exact_match_is_how_often_the_right_tokens_are_drawn(model,
     taught = copy.deepcopy(model).train()
     optimizer, n = torch.optim.Adam(taught.parameters(), 3e-3), len(example.prompt_ids)
     ids = torch.tensor([example.prompt_ids + example.response_ids])
-    while True:
+    for _ in range(500):
         loss = torch.nn.functional.cross_entropy(taught(ids).logits[0, n - 1:-1], ids[0, n:])
         if loss * len(example.response_ids) < math.log(2): break
         optimizer.zero_grad(); loss.backward(); optimizer.step()
+    else: pytest.fail("it did not learn one answer in 500 updates")
     sample = sampler(taught.eval(), [0], tokenizer.pad_token_id, len(tokenizer), None, 1.)
     found, _, drawn = evaluate(taught, None, {"lab": [example] * 2000}, sample, tokenizer, len(tokenizer), [10], 8, 500)
     p, hits = found["lab"]["expected_exact"] / 100, sum(x == example.response_ids for x in drawn["lab"])

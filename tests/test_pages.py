@@ -79,7 +79,7 @@ def test_a_suite_without_runs_or_with_one_seed_says_so(tmp_path, monkeypatch):
 def test_all_scores_of_the_laboratory_are_on_the_page_of_all_tables(tmp_path):
     lab_runs(tmp_path)
     text = lab_markdown(read_lab(tmp_path), 'components', read_costs(tmp_path))
-    assert all(m.label in text for m in SCORES.values()) and '*Expected before the runs:*' in text and '400 prompts of 1 set.' in text
+    assert all(m.label in text for m in SCORES.values()) and '*Expected before the runs:*' in text and '400 prompts of 1 set; exact match of draws.' in text
 
 def test_a_chapter_says_what_the_laboratory_says_once_there_are_seeds(tmp_path):
     lab_runs(tmp_path, seeds=1)

@@ -23,8 +23,8 @@ from mgsr_nb.study.figures import (
     _axes, _finished, cost_plot, costs, learning_curves, limits_plot, small_png, weight_grid,
     weight_heatmap)
 from .laboratory import (
-    DECIDES, EXPECTED, REAL, SCORES, against_reference, better_by_seed, comparisons, effect_plot,
-    effect_table, effects_of, lab_costs, lab_map, lab_score, lab_table)
+    DECIDES, EXPECTED, REAL, SCORES, against_reference, better_by_seed, comparisons, drawn,
+    effect_plot, effect_table, effects_of, lab_costs, lab_map, lab_score, lab_table)
 from .findings import Finding, finding_line
 
 # %% ../../nbs/58_pages.ipynb #8ab3ffe7
@@ -45,9 +45,10 @@ def size(results: Results, suite: str) -> str:
     seeds = sorted({len(v) for v in results.cells(suite).values()})
     sets = runs[0].metrics["student"]["test"]
     prompts = sum(t["prompts"] for t in sets.values())
+    luck = "; exact match of draws" if any(map(drawn, runs)) else ""
     return (f"{len(results.cells(suite))} of {len(results.described(suite).cells)} cells, "
         f"{_seeds(seeds[0]) if len(seeds) == 1 else f'{seeds[0]} to {_seeds(seeds[-1])}'}, "
-        f"{prompts} prompts of {len(sets)} set{'s' * (len(sets) > 1)}")
+        f"{prompts} prompts of {len(sets)} set{'s' * (len(sets) > 1)}{luck}")
 
 def setting(results: Results, suite: str) -> str:
     "What a suite's runs have in common, as they record it; where they differ, all values."
