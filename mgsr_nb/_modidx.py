@@ -527,6 +527,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mgsr_nb.run.engine.accelerator_of': ('engine.html#accelerator_of', 'mgsr_nb/run/engine.py'),
                                     'mgsr_nb.run.engine.check_finite': ('engine.html#check_finite', 'mgsr_nb/run/engine.py'),
                                     'mgsr_nb.run.engine.check_launcher': ('engine.html#check_launcher', 'mgsr_nb/run/engine.py'),
+                                    'mgsr_nb.run.engine.leave_group': ('engine.html#leave_group', 'mgsr_nb/run/engine.py'),
                                     'mgsr_nb.run.engine.make_accelerator': ('engine.html#make_accelerator', 'mgsr_nb/run/engine.py'),
                                     'mgsr_nb.run.engine.precision_of': ('engine.html#precision_of', 'mgsr_nb/run/engine.py'),
                                     'mgsr_nb.run.engine.speaking': ('engine.html#speaking', 'mgsr_nb/run/engine.py'),

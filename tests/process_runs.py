@@ -1,7 +1,13 @@
 """One of several processes: `accelerate launch process_runs.py FOLDER` runs the cases of FOLDER/cases.json and leaves there what each process saw; `process_runs.py FOLDER PORT` runs them from the notebook launcher."""
-import json, os, signal, sys
+import atexit, json, os, signal, sys
 from pathlib import Path
 import torch
+
+@atexit.register        # before the library registers its own: the first registered is the last called
+def threads_left():
+    tasks = Path("/proc/self/task")
+    if "RANK" in os.environ and tasks.exists(): Path(f"{sys.argv[1]}/threads-{rank()}").write_text("\n".join((t/"comm").read_text().strip() for t in tasks.iterdir()))
+
 from accelerate import notebook_launcher
 from safetensors.torch import save_file
 from mgsr_nb import run as R

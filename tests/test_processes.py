@@ -151,3 +151,10 @@ def test_pitfall_36_a_killed_process_ends_all_and_the_run_goes_on(one, tmp_path,
     done(place.launched())
     same_logs(one.log(name), place.log(name))
     same(one.student(name), place.student(name), rtol=0, atol=1e-5)
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are read from /proc")
+def test_no_thread_of_gloo_outlives_a_run(two):
+    "One that lets go of a tensor while the interpreter goes aborts the process: 7 of 12 starts of two processes with twenty gathered tensors each."
+    for rank in (0, 1):
+        threads = (two.folder/f"threads-{rank}").read_text().split("\n")
+        assert threads and not [name for name in threads if "gloo" in name]
