@@ -117,15 +117,15 @@ performance: $(STAMP)
 	$(BIN)/python tools/bench.py loss --rounds 3 --out runs/performance/loss.csv
 	$(BIN)/python tools/bench.py loss --rounds 2 --cases $(GROWTH) --rows 256,1024 --vocab 12288,49152 --out runs/performance/growth.csv
 	$(BIN)/python tools/profile_objective.py --rounds 3 --out runs/performance/profile.csv
-	$(BIN)/python -m jupyter execute --inplace nbs/44_performance.ipynb
+	env -u MPLBACKEND $(BIN)/python -m jupyter execute --inplace nbs/44_performance.ipynb
 	$(BIN)/nbdev-clean
 
-# every number of the results, from whatever lies in runs/: runs/results.csv, the chapters' sections on the laboratory,
+# every number of the results, from whatever lies in runs/ (with the notebook's own backend of figures: another one leaves them out): runs/results.csv, the chapters' sections on the laboratory,
 # the report, the overview and the README made from it
 report: $(STAMP)
 	$(BIN)/python -c 'from mgsr_nb.study.tables import write_results_csv; print(write_results_csv())'
 	$(BIN)/python tools/chapters.py
-	$(BIN)/python -m jupyter execute --inplace nbs/report.ipynb nbs/details.ipynb nbs/usage.ipynb nbs/index.ipynb
+	env -u MPLBACKEND $(BIN)/python -m jupyter execute --inplace nbs/report.ipynb nbs/details.ipynb nbs/usage.ipynb nbs/index.ipynb
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/make_readme.py
 
