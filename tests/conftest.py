@@ -50,9 +50,8 @@ def project(tmp_path_factory, local_models, shared_cache):
     (guard/"torch"/"__init__.py").write_text("raise SystemError('torch was imported')")
     ipython = tmp_path_factory.mktemp("ipython")
     env = {**os.environ, "MGSR_CACHE": str(shared_cache), "OMP_NUM_THREADS": "1",
-           "PYTHONWARNINGS": "ignore", "IPYTHONDIR": str(ipython)}
-    # `make test` sets it for figures outside of a kernel; a kernel draws inline by itself
-    env.pop("MPLBACKEND", None)
+           "PYTHONWARNINGS": "ignore", "IPYTHONDIR": str(ipython),
+           "MPLBACKEND": "agg"}       # as on many clusters: the notebook has its figures all the same
     guarded = os.pathsep.join(filter(None, [str(guard), os.environ.get("PYTHONPATH")]))
     return SimpleNamespace(root=root, env=env, guarded={**env, "PYTHONPATH": guarded},
                            ipython=ipython,
