@@ -1,4 +1,4 @@
-"What is committed of a run: six digits and four, the texts of one seed, no weights, and no more than a reader can load."
+"What is committed of a run: six digits and four, the student's texts of one seed, no weights, and no more than a reader can load."
 import json, sys
 from pathlib import Path
 ROOT = Path(__file__).parents[1]
@@ -10,7 +10,7 @@ def a_run(folder, number=0.123456789):
     (folder/'config.json').write_text('{"learning_rate": 0.0020000001}', encoding='utf-8')
     (folder/'log.csv').write_text(f'step,loss,seconds,text\n10,{number},,"a, b"\n-20,1e-09,nan,\n', encoding='utf-8')
     (folder/'metrics.json').write_text(json.dumps({'steps': 1234567, 'test': {'nll': number, 'each': [number, 2, None, 'ü'], 'done': True}}), encoding='utf-8')
-    (folder/'samples.jsonl').write_text('{}\n', encoding='utf-8')
+    (folder/'samples.jsonl').write_text('{"of": "student_start"}\n{"of": "student", "prediction": "ü\u2028"}\n{"of": "teacher"}\n', encoding='utf-8')
     (folder/'model.safetensors').write_text('weights', encoding='utf-8')
     return folder
 
@@ -21,6 +21,11 @@ def test_scores_keep_six_digits_the_log_four_and_all_else_stays(tmp_path):
     assert (out/'log.csv').read_text('utf-8') == 'step,loss,seconds,text\n10,0.1235,,"a, b"\n-20,1e-09,nan,\n'
     assert (out/'config.json').read_bytes() == (run/'config.json').read_bytes()
     assert sorted(p.name for p in out.iterdir()) == ['config.json', 'log.csv', 'metrics.json', 'samples.jsonl']
+
+def test_texts_are_the_students(tmp_path):
+    run = a_run(tmp_path/'suite/cell/seed0')
+    compact_runs.compact(run, run)
+    assert (run/'samples.jsonl').read_text('utf-8') == '{"of": "student", "prediction": "ü\u2028"}\n'
 
 def test_texts_are_kept_of_one_seed_and_a_second_time_changes_nothing(tmp_path):
     for seed in (0, 1): a_run(tmp_path/f'suite/cell/seed{seed}')

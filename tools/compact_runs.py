@@ -1,11 +1,12 @@
-"""Make finished runs small enough to be committed: six digits of every score and four of the log; of one seed only: texts, the data, all scores of
-start and teacher, and what is logged between two validations.
+"""Make finished runs small enough to be committed: six digits of every score and four of the log; of one seed only: the student's texts, the data, all scores
+of start and teacher, and what is logged between two validations.
 
     python tools/compact_runs.py runs/readings+lab                         # in place
     python tools/compact_runs.py OTHER/runs/readings+lab --to runs         # bring a suite from another checkout
 
 Of a run go along config.json, log.csv, metrics.json and, for seed 0, samples.jsonl. Only finished runs are taken: those with metrics.json.
-Data, the student's start and the teacher are the same for all seeds: seeds after 0 keep average and validation scores of the two.
+Data, the student's start and the teacher are the same for all seeds: seeds after 0 keep average and validation scores of the two. Their texts
+are the same in all runs of a suite, and stay behind.
 """
 import argparse, csv, io, json
 from pathlib import Path
@@ -37,6 +38,11 @@ def short_table(text, whole=True):
     return out.getvalue()
 
 
+def students(text):
+    "The lines of samples.jsonl that are the student's."
+    return ''.join(line + '\n' for line in text.split('\n') if line and json.loads(line)['of'] == 'student')
+
+
 def compact(run, target):
     "Write the small form of the run in folder `run` to `target`, which may be the same folder; each file is whole, old or new."
     target.mkdir(parents=True, exist_ok=True)
@@ -49,7 +55,7 @@ def compact(run, target):
     parts = ',\n'.join(f'{json.dumps(key)}: {json.dumps(short(value), ensure_ascii=False)}' for key, value in metrics.items())
     files = {'config.json': text('config.json'), 'log.csv': short_table(text('log.csv'), run.name == 'seed0'), 'metrics.json': '{' + parts + '}\n'}
     if run.name != 'seed0': (target/TEXTS).unlink(missing_ok=True)
-    elif (run/TEXTS).exists(): files[TEXTS] = text(TEXTS)
+    elif (run/TEXTS).exists(): files[TEXTS] = students(text(TEXTS))
     for name, content in files.items(): write_atomic(target/name, content)
 
 
