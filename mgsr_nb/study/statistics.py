@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'DECIDING', 'WITHOUT', 'HOLDS', 'FAILS', 'NEGLIGIBLE', 'OPEN', 'PARTED', 'WORDS', 'LEVEL', 'MIN_SEEDS',
-           'MARGINS', 'Metric', 'Sample', 'sample', 'run_score', 'better_by', 'in_words', 'SeedTest', 'seed_test',
-           'holm', 'verdicts', 'agreed', 'prompt_interval']
+           'SECOND_LOOK', 'MARGINS', 'Metric', 'Sample', 'sample', 'run_score', 'better_by', 'in_words', 'SeedTest',
+           'seed_test', 'holm', 'verdicts', 'agreed', 'prompt_interval']
 
 # %% ../../nbs/53_statistics.ipynb #97dfb377
 from dataclasses import dataclass
@@ -94,6 +94,7 @@ WORDS = {HOLDS: "better", FAILS: "worse", NEGLIGIBLE: "no difference",
 def in_words(verdict: str) -> str: return WORDS.get(verdict, verdict)
 
 LEVEL, MIN_SEEDS = 0.05, 5
+SECOND_LOOK = 0.03      # the level of more seeds than that, which were added after a look
 # in the metric's unit; fixed before the laboratory's runs
 MARGINS = {"nll": 0.01, "kl": 0.01, "truth_kl": 0.01, "rouge_l": 1.0, "exact": 1.0}
 
@@ -128,12 +129,14 @@ def holm(p: dict[str, float]) -> dict[str, float]:
 
 def verdicts(tests: dict[str, SeedTest]) -> dict[str, str]:
     "The verdict of each claim of a suite by one metric, {name: verdict}, by the rule."
+    again = any(t.seeds > MIN_SEEDS for t in tests.values())
+    level = SECOND_LOOK if again else LEVEL
     differs = holm({n: t.p_none for n, t in tests.items()})
     small = holm({n: t.p_margin for n, t in tests.items()})
     def of(n):
         if tests[n].seeds < MIN_SEEDS: return f"{OPEN} ({tests[n].seeds} seeds)"
-        if small[n] <= LEVEL: return NEGLIGIBLE
-        if differs[n] > LEVEL: return OPEN
+        if small[n] <= level: return NEGLIGIBLE
+        if differs[n] > level: return OPEN
         return HOLDS if tests[n].mean > 0 else FAILS
     return {n: of(n) for n in tests}
 
