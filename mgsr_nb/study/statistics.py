@@ -129,8 +129,7 @@ def holm(p: dict[str, float]) -> dict[str, float]:
 
 def verdicts(tests: dict[str, SeedTest]) -> dict[str, str]:
     "The verdict of each claim of a suite by one metric, {name: verdict}, by the rule."
-    again = any(t.seeds > MIN_SEEDS for t in tests.values())
-    level = SECOND_LOOK if again else LEVEL
+    level = SECOND_LOOK if any(t.seeds > MIN_SEEDS for t in tests.values()) else LEVEL
     differs = holm({n: t.p_none for n, t in tests.items()})
     small = holm({n: t.p_margin for n, t in tests.items()})
     def of(n):
