@@ -45,6 +45,18 @@ def test_data_start_and_teacher_are_kept_whole_of_one_seed(tmp_path):
     of = lambda seed: json.loads((tmp_path/f'cell/seed{seed}/metrics.json').read_text('utf-8'))
     assert of(0) == whole and of(1) == {who: part | ({} if who == 'student' else {'test': {}}) for who, part in whole.items() if who != 'data'}
 
+def test_what_config_json_says_is_not_said_twice_and_read_from_there(tmp_path):
+    from mgsr_nb.study.records import read_run
+    for seed, said in enumerate(({'learning_rate': 0.0020000001}, {'learning_rate': 0.3}, {'run_name': 'x'})):
+        run = a_run(tmp_path/f'suite/cell/seed{seed}')
+        (run/'metrics.json').write_text(json.dumps({'config': said}), encoding='utf-8')
+        compact_runs.compact(run, run)
+        kept = json.loads((run/'metrics.json').read_text('utf-8'))
+        assert kept == ({} if seed == 0 else {'config': said}), seed
+        assert read_run(run).metrics['config'] == {'learning_rate': 0.0020000001} | said
+    (run/'config.json').unlink()
+    assert read_run(run).metrics['config'] == {'run_name': 'x'}
+
 def test_a_log_keeps_its_validations(tmp_path):
     log = 'step,loss,validation_nll\n0,,2.0\n10,1.5,\n20,1.25,nan\n30,1.0,0.5\n40,0.5,\n'
     for seed in (0, 1):

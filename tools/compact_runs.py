@@ -1,5 +1,5 @@
 """Make finished runs small enough to be committed: six digits of every score and four of the log; of one seed only: the student's texts, the data, all scores
-of start and teacher, and what is logged between two validations.
+of start and teacher, and what is logged between two validations. What config.json says too is not said twice.
 
     python tools/compact_runs.py runs/readings+lab                         # in place
     python tools/compact_runs.py OTHER/runs/readings+lab --to runs         # bring a suite from another checkout
@@ -48,6 +48,8 @@ def compact(run, target):
     target.mkdir(parents=True, exist_ok=True)
     text = lambda name: (run/name).read_text(encoding='utf-8')
     metrics = json.loads(text('metrics.json'))
+    recorded, said = json.loads(text('config.json')), metrics.get('config', {})
+    if {**recorded, **said} == recorded: metrics.pop('config', None)
     if run.name != 'seed0':
         metrics.pop('data', None)
         metrics |= {who: metrics[who] | {'test': {}} for who in ONCE if who in metrics}

@@ -7,14 +7,14 @@ __all__ = ['NO_SUITES', 'TEACHERS', 'TOY', 'Run', 'read_run', 'weights_of', 'Und
            'on_the_same_prompts', 'in_one_precision', 'by_one_teacher', 'write_toy_run', 'toy_results']
 
 # %% ../../nbs/52_records.ipynb #5eaab5d9
-import json, re, tempfile
+import re, tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Optional, Sequence
 import numpy as np
-from ..files import write_json
+from ..files import read_json, write_json
 from ..run.folder import runs_root
 
 # %% ../../nbs/52_records.ipynb #1539ee02
@@ -33,16 +33,18 @@ class Run:
     def usable(self) -> bool: return self.metrics is not None and not self.error
 
 def read_run(folder: Path) -> Run:
-    "The run in `folder`, whose last three names are suite, cell and seed."
+    """The run in `folder`, whose last three names are suite, cell and seed. What metrics.json
+    leaves out of its configuration, in a run that was made small, is in config.json."""
     suite, cell, seed = folder.parts[-3:]
     named = (suite, cell, int(seed.removeprefix("seed")), folder)
     try:
         if (folder/"metrics.json").is_file():
-            metrics = json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
+            metrics = read_json(folder/"metrics.json")
+            if (folder/"config.json").is_file():
+                metrics["config"] = read_json(folder/"config.json") | metrics.get("config", {})
             return Run(*named, metrics, _what_is_missing(metrics))
         if (folder/"error.json").is_file():
-            return Run(*named, None, json.loads((folder/"error.json").read_text(encoding="utf-8"))[
-                    "error"])
+            return Run(*named, None, read_json(folder/"error.json")["error"])
     except (ValueError, KeyError) as e:
         return Run(*named, None, f"cannot be read: {type(e).__name__}: {e}")
     return Run(*named)
