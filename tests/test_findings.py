@@ -5,8 +5,8 @@ import matplotlib; matplotlib.use('agg')
 import nbformat, pytest
 from IPython.display import Markdown
 from mgsr_nb.study.findings import Finding, evidence, finding_line, findings_list, findings_plot, outdated, read_findings, read_pairs
-from mgsr_nb.study.laboratory import comparisons, read_lab
-from mgsr_nb.study.statistics import HOLDS, better_by
+from mgsr_nb.study.laboratory import comparisons, effect_number, lab_score, read_lab
+from mgsr_nb.study.statistics import HOLDS, better_by, seed_test
 from test_pages import FINDING, lab_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +73,7 @@ def test_the_chapters_say_what_the_laboratory_says(capsys):
 
 def test_what_is_said_in_words_is_what_the_runs_say(committed):
     "How much of the gap a run closes, and what KD costs, stand in prose on the first pages."
-    from mgsr_nb.study.laboratory import lab_score, read_costs
+    from mgsr_nb.study.laboratory import read_costs
     number = ('no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten')
     lab = committed[1]['lab']
     def closed(suite, cell):
@@ -90,6 +90,14 @@ def test_what_is_said_in_words_is_what_the_runs_say(committed):
     assert lab_score(first, 'exact', 'student', 'lab') / lab_score(first, 'exact', 'teacher', 'lab') == pytest.approx(2 / 3, abs=.03) and 'SFT alone ends at two thirds of what its teacher gets right of the first set' in text('details')
     costs = read_costs(ROOT/'runs').set_index(['suite', 'cell']).ratio
     assert round(costs['relatives', 'mgsr']) == round(costs['small', 'mgsr']) == 4 and any('at a quarter of the cost' in f.says and f.better == 'kd' for f in committed[0])
+
+def test_a_random_place_is_compared_with_no_correction_as_the_chapter_says(committed):
+    cells = committed[1]['lab'].cells
+    one, other = ({r.seed: lab_score(r, 'exact') for r in found} for found in (cells('corrections')['random'], cells('sampling')['on_policy']))
+    assert one.keys() == other.keys() == set(range(10))
+    test = seed_test([one[s] - other[s] for s in one], 1)
+    said = f'{effect_number(test, "exact")} points of exact match against the'
+    assert test.p_margin < .03 < test.p_none and said in '\n'.join(c.source for c in nbformat.read(ROOT/'nbs'/'20_scrg.ipynb', as_version=4).cells), said
 
 def test_the_example_in_the_documentation_is_the_committed_quickstart(monkeypatch):
     monkeypatch.chdir(ROOT/'nbs')
