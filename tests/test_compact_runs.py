@@ -1,5 +1,5 @@
 "What is committed of a run: six digits and four, the student's texts of one seed, no weights, and no more than a reader can load."
-import json, sys
+import json, shutil, sys
 from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
@@ -56,6 +56,15 @@ def test_what_config_json_says_is_not_said_twice_and_read_from_there(tmp_path):
         assert read_run(run).metrics['config'] == {'learning_rate': 0.0020000001} | said
     (run/'config.json').unlink()
     assert read_run(run).metrics['config'] == {'run_name': 'x'}
+
+def test_a_run_that_was_made_small_has_its_configuration_and_its_card(tmp_path):
+    from mgsr_nb.run.folder import read_metrics
+    from mgsr_nb.run.results import run_card
+    whole, small = ROOT/'runs'/'examples'/'lab', shutil.copytree(ROOT/'runs'/'examples'/'lab', tmp_path/'seed0')
+    compact_runs.compact(small, small)
+    assert 'config' not in json.loads((small/'metrics.json').read_text('utf-8'))
+    assert read_metrics(small)['config'] == read_metrics(whole)['config'] == json.loads((whole/'metrics.json').read_text('utf-8'))['config']
+    assert run_card(small).cost == run_card(whole).cost
 
 def test_a_log_keeps_its_validations(tmp_path):
     log = 'step,loss,validation_nll\n0,,2.0\n10,1.5,\n20,1.25,nan\n30,1.0,0.5\n40,0.5,\n'

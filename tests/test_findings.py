@@ -86,6 +86,10 @@ def test_what_is_said_in_words_is_what_the_runs_say(committed):
     text = lambda name: '\n'.join(c.source for c in nbformat.read(ROOT/'nbs'/f'{name}.ipynb', as_version=4).cells)
     assert f'With 1,200 updates they close {small} and {late} tenths of the gap to it; with 300, which most suites have, the larger one closes {early} (' in text('report')
     assert f'it has closed {small} tenths of the gap. A *larger* one of 0.14 million closes {late} tenths.' in text('index')
+    seeds = {suite: {len(runs) for runs in lab.cells(suite).values()} for suite in lab.names}
+    assert (seeds['small'], seeds['longer']) == ({10}, {5}) and {(f.pair, f.suite) for f in committed[0] if f.front} == {('lab', 'small'), ('lab', 'longer')}
+    assert 'over ten training seeds (larger student: five)' in text('index') and 'six suites of the laboratory have ten' in (ROOT/'CHANGELOG.md').read_text('utf-8')
+    assert sum(n == {10} for n in seeds.values()) == 6
     first = lab.cells('small')['sft'][0]
     assert lab_score(first, 'exact', 'student', 'lab') / lab_score(first, 'exact', 'teacher', 'lab') == pytest.approx(2 / 3, abs=.03) and 'SFT alone ends at two thirds of what its teacher gets right of the first set' in text('details')
     costs = read_costs(ROOT/'runs').set_index(['suite', 'cell']).ratio

@@ -4,7 +4,8 @@ from pathlib import Path
 import nbformat, pytest
 from mgsr_nb.config import ConfigError, resolve
 from mgsr_nb.run.folder import open_run
-from mgsr_nb.run.results import WHO, Card, read_metrics, read_samples, run_card, shortened
+from mgsr_nb.run.folder import read_metrics
+from mgsr_nb.run.results import WHO, Card, read_samples, run_card, shortened
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["42", "007", "1e5", "-3.5", "NaN", "Infinity", "true", "null", "2026-01-01", "", "a\u2028b",

@@ -48,8 +48,7 @@ def compact(run, target):
     target.mkdir(parents=True, exist_ok=True)
     text = lambda name: (run/name).read_text(encoding='utf-8')
     metrics = json.loads(text('metrics.json'))
-    recorded, said = json.loads(text('config.json')), metrics.get('config', {})
-    if {**recorded, **said} == recorded: metrics.pop('config', None)
+    if metrics.get('config', {}).items() <= json.loads(text('config.json')).items(): metrics.pop('config', None)
     if run.name != 'seed0':
         metrics.pop('data', None)
         metrics |= {who: metrics[who] | {'test': {}} for who in ONCE if who in metrics}

@@ -13,7 +13,8 @@ from typing import Optional, Sequence
 from filelock import FileLock, Timeout
 from ..config import ConfigError, RunConfig, nearest, resolve
 from ..files import cache_id, project_root, read_json, write_atomic, write_json
-from ..run.folder import finished, open_run, recorded_digests, run_folder, run_name, runs_root
+from ..run.folder import (
+    finished, open_run, read_metrics, recorded_digests, run_folder, run_name, runs_root)
 from ..run.command import execute_whole, local_kernel
 from .suites import After, SUITES
 
@@ -165,8 +166,8 @@ def take_over(config: RunConfig) -> bool:
     for name in ("log.csv", "samples.jsonl"):
         if (source/name).is_file():
             write_atomic(folder/name, (source/name).read_text(encoding="utf-8"))
-    metrics = read_json(source/"metrics.json")
+    metrics = read_metrics(source)
     name, first = run_name(config), source.relative_to(root).as_posix()
     write_json(folder/"metrics.json", {"taken_from": first, **metrics, "run_name": name,
-            "config": {**metrics.get("config", {}), "run_name": name}})
+            "config": metrics["config"] | {"run_name": name}})
     return True

@@ -7,12 +7,12 @@ __all__ = ['VERDICTS', 'ODDITIES', 'GPT2', 'summary_table', 'not_run_sentence', 
            'where_pairs_part', 'each_run', 'rank_correlation', 'correlations', 'compare']
 
 # %% ../../nbs/59_overview.ipynb #fb8dbbc2
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from ..run.folder import finished, read_metrics
 from .records import Results, Run, _prompts, _what_is_missing
 from mgsr_nb.study.statistics import (
     FAILS, HOLDS, METRICS, NEGLIGIBLE, OPEN, PARTED, better_by, in_words, prompt_interval,
@@ -175,9 +175,9 @@ def compare(first: str | Path, second: str | Path) -> pd.DataFrame:
     """
     runs = []
     for folder in map(Path, (first, second)):
-        if not (folder/"metrics.json").is_file():
+        if not finished(folder):
             raise ValueError(f"{folder}: no finished run, there is no metrics.json in it")
-        metrics = json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
+        metrics = read_metrics(folder)
         if wrong := _what_is_missing(metrics): raise ValueError(f"{folder}: {wrong}")
         # one seed, whatever it was: the pair is one
         runs.append(Run("", folder.name, 0, folder, metrics))

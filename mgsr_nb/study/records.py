@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Optional, Sequence
 import numpy as np
 from ..files import read_json, write_json
-from ..run.folder import runs_root
+from ..run.folder import finished, read_metrics, runs_root
 
 # %% ../../nbs/52_records.ipynb #1539ee02
 @dataclass(frozen=True)
@@ -33,15 +33,12 @@ class Run:
     def usable(self) -> bool: return self.metrics is not None and not self.error
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`, whose last three names are suite, cell and seed. What metrics.json
-    leaves out of its configuration, in a run that was made small, is in config.json."""
+    "The run in `folder`, whose last three names are suite, cell and seed."
     suite, cell, seed = folder.parts[-3:]
     named = (suite, cell, int(seed.removeprefix("seed")), folder)
     try:
-        if (folder/"metrics.json").is_file():
-            metrics = read_json(folder/"metrics.json")
-            if (folder/"config.json").is_file():
-                metrics["config"] = read_json(folder/"config.json") | metrics.get("config", {})
+        if finished(folder):
+            metrics = read_metrics(folder)
             return Run(*named, metrics, _what_is_missing(metrics))
         if (folder/"error.json").is_file():
             return Run(*named, None, read_json(folder/"error.json")["error"])
